@@ -1,0 +1,141 @@
+"""Buffers with one slot per position: the memory under every cache and history.
+
+A slot buffer holds S slots for each of B rows. Row b has consumed `length[b]` tokens,
+which lie in slots `0 .. length[b] - 1`; what lies at or beyond `length[b]` is garbage
+that nothing may read. Forgetting tokens is therefore only a smaller `length`. The N
+nodes of a tree of continuations are written to slots `length .. length + N - 1` without
+making the row longer; `compact` keeps one path of them.
+
+Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, S slots.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def positions(length: jax.Array, count: int) -> jax.Array:
+    """Positions of the next `count` tokens of every row: `length[b] + t`, `[B, T]`.
+
+    >>> positions(jnp.array([0, 5]), 3).tolist()
+    [[0, 1, 2], [5, 6, 7]]
+    """
+    return length[:, None] + jnp.arange(count, dtype=length.dtype)
+
+
+def ancestors(parents: jax.Array) -> jax.Array:
+    """Which nodes lie on the root path of which node, the node itself included.
+
+    The reflexive transitive closure of the parent relation, by squaring the relation
+    about log2(N) times.
+
+    Args:
+      parents: `[B, N]`, the parent of each node, smaller than the node's own index;
+        -1 where the parent is the prefix.
+
+    Returns:
+      `[B, N, N]` bool, `[b, i, j]` is True when j is i or an ancestor of i.
+
+    >>> ancestors(jnp.array([[-1, 0, 0]]))[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    nodes = parents.shape[1]
+    index = jnp.arange(nodes)
+    reach = (index[:, None] == index) | (parents[:, :, None] == index)
+    for _ in range(max(1, math.ceil(math.log2(max(nodes, 2))))):
+        reach = jnp.any(reach[:, :, :, None] & reach[:, None, :, :], axis=2)
+    return reach
+
+
+def depths(parents: jax.Array) -> jax.Array:
+    """Number of proper ancestors of each node, `[B, N]`; 0 for a child of the prefix.
+
+    >>> depths(jnp.array([[-1, 0, 0, 1]])).tolist()
+    [[0, 1, 1, 2]]
+    """
+    return ancestors(parents).sum(-1, dtype=parents.dtype) - 1
+
+
+def visible(
+    length: jax.Array, count: int, slots: int, parents: jax.Array | None = None
+) -> jax.Array:
+    """Which slots each new token may read: the prefix, itself, and its ancestors.
+
+    Args:
+      length: `[B]`, tokens consumed before this call.
+      count: T, the number of new tokens (or N, of nodes).
+      slots: S, the size of the buffer.
+      parents: `[B, N]` for a tree; None for a plain continuation, where every token
+        reads all tokens before it.
+
+    Returns:
+      `[B, T, S]` bool.
+
+    >>> visible(jnp.array([1]), 2, 4)[0].astype(int).tolist()
+    [[1, 1, 0, 0], [1, 1, 1, 0]]
+    >>> visible(jnp.array([1]), 2, 4, jnp.array([[-1, -1]]))[0].astype(int).tolist()
+    [[1, 1, 0, 0], [1, 0, 1, 0]]
+    """
+    slot = jnp.arange(slots, dtype=length.dtype)
+    if parents is None:
+        return slot <= positions(length, count)[:, :, None]
+    node = slot - length[:, None]  # [B, S], the node that lies in this slot
+    inside = (node >= 0) & (node < count)
+    reach = jnp.take_along_axis(
+        ancestors(parents), jnp.clip(node, 0, count - 1)[:, None, :], axis=2
+    )
+    return (slot < length[:, None])[:, None, :] | (inside[:, None, :] & reach)
+
+
+def write(
+    buffer: jax.Array, values: jax.Array, length: jax.Array, axis: int = 1
+) -> jax.Array:
+    """Writes T values behind the first `length[b]` slots of every row, in place in a loop.
+
+    Args:
+      buffer: `[B, S, ...]`, or `[B, H, S, ...]` with `axis=2`.
+      values: `[B, T, ...]`, in both cases.
+      length: `[B]`, tokens consumed before this call.
+      axis: where the slots are.
+
+    Returns:
+      The buffer with `values[b, t]` in slot `length[b] + t`; a slot beyond the buffer
+      is dropped.
+
+    >>> write(jnp.zeros((2, 3), int), jnp.array([[7], [8]]), jnp.array([0, 2])).tolist()
+    [[7, 0, 0], [0, 0, 8]]
+    """
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    slot = positions(length, values.shape[1])
+    index = (rows, slot) if axis == 1 else (rows, slice(None), slot)
+    return buffer.at[index].set(
+        values.astype(buffer.dtype),
+        mode="drop",
+        unique_indices=True,
+        indices_are_sorted=True,
+    )
+
+
+def compact(
+    buffer: jax.Array, length: jax.Array, path: jax.Array, axis: int = 1
+) -> jax.Array:
+    """Moves the nodes of a path to the slots right behind the prefix, in order.
+
+    Args:
+      buffer: `[B, S, ...]`, or `[B, H, S, ...]` with `axis=2`, after a branch.
+      length: `[B]`, tokens consumed before the branch.
+      path: `[B, D]`, node indices; entries behind the kept count may be anything.
+      axis: where the slots are.
+
+    Returns:
+      The buffer with node `path[b, d]` in slot `length[b] + d`.
+
+    >>> compact(jnp.array([[5, 6, 7, 8]]), jnp.array([1]), jnp.array([[0, 2]])).tolist()
+    [[5, 6, 8, 8]]
+    """
+    slots = buffer.shape[axis]
+    slot = jnp.clip(length[:, None] + path, 0, slots - 1)
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    index = (rows, slot) if axis == 1 else (rows, slice(None), slot)
+    return write(buffer, buffer[index], length, axis)
