@@ -127,6 +127,63 @@ def language_model(backbone: Backbone) -> LM:
     )
 
 
+def prefill(
+    lm: LM,
+    params: Params,
+    state: State,
+    tokens: jax.Array,
+    count: jax.Array,
+    chunk: int = 128,
+) -> State:
+    """Consumes the first `count[b]` tokens of every row; no logits are computed.
+
+    The rows are extended together, chunk by chunk, padding included; then `rewind` takes
+    the padding back. The capacity must hold T rounded up to a multiple of the chunk, see
+    `padded`.
+
+    Args:
+      lm: any LM.
+      params: its parameters.
+      state: B rows.
+      tokens: `[B, T]`, right-padded with any token of the vocabulary.
+      count: `[B]`, how many tokens of each row to consume, 0 to T.
+      chunk: tokens consumed by one call.
+
+    >>> from collab_jax.models import table
+    >>> lm = table.language_model(order=1)
+    >>> params = table.init(jax.random.key(0), vocab=3, order=1)
+    >>> state = lm.init(params, 2, padded(3, 2))
+    >>> tokens = jnp.array([[0, 1, 2], [2, 0, 0]])
+    >>> prefill(lm, params, state, tokens, jnp.array([3, 1]), chunk=2).length.tolist()
+    [3, 1]
+    """
+    width = tokens.shape[1]
+    if width == 0:
+        return state
+    total = padded(width, chunk)
+    chunk = min(chunk, total)
+    tokens = jnp.pad(tokens, ((0, 0), (0, total - width)), mode="edge")
+
+    def consume(i, state):
+        piece = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+        return lm.extend(params, state, piece)[1]
+
+    if total == chunk:
+        state = consume(0, state)
+    else:
+        state = jax.lax.fori_loop(0, total // chunk, consume, state)
+    return lm.rewind(state, total - count)
+
+
+def padded(width: int, chunk: int = 128) -> int:
+    """Slots that `prefill` needs for T tokens: T, or its chunks if there are several.
+
+    >>> padded(5, 128), padded(130, 128)
+    (5, 256)
+    """
+    return width if width <= chunk else -(-width // chunk) * chunk
+
+
 class ByRows(NamedTuple):
     """State of `branch_by_rows`: the member's, and after a branch one row a node."""
 
