@@ -28,7 +28,8 @@ def product(members: Sequence[LM], pool: Pool) -> LM:
       pool: what makes one law of N, e.g. `pool.mixture(0.5, 0.5)`.
 
     Raises:
-      ValueError: without members; when first called, for unequal vocabularies or weights
+      ValueError: without members; when first called, for unequal vocabularies or
+      weights
         that do not fit.
 
     >>> from collab_jax import pool
@@ -89,9 +90,10 @@ def stacked(lm: LM, n: int, pool: Pool, axes: Any = 0) -> LM:
       lm: the architecture.
       n: N, number of members.
       pool: what makes one law of N.
-      axes: which parameters are stacked, as `in_axes` of `jax.vmap`: 0 for all, None for
-        none, or a prefix of the parameters' tree; e.g. `(None, 0)` for a shared base and
-        stacked adapters.
+      axes: which parameters are stacked, as `in_axes` of `jax.vmap`: 0 for all, None
+      for
+        none, or a prefix of the parameters' tree; e.g. `(None, 0)` for a shared base
+        and stacked adapters.
 
     Returns:
       An LM whose parameters have a leading axis N where `axes` is 0.

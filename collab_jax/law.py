@@ -112,7 +112,8 @@ def draw(
     Source: the Gumbel-max trick; keyed by position as in arXiv 2408.07978.
 
     >>> key = row_keys(jax.random.key(0), 2)
-    >>> draw(jnp.array([[-jnp.inf, 0.0], [0.0, -jnp.inf]]), key, jnp.array([1, 1])).tolist()
+    >>> sure = jnp.array([[-jnp.inf, 0.0], [0.0, -jnp.inf]])
+    >>> draw(sure, key, jnp.array([1, 1])).tolist()
     [1, 0]
     """
     perturbed = logits + noise(key, position, logits.shape[-1], stream)

@@ -1,11 +1,11 @@
-"""The value that all collaboration over distributions joins: `LM`, and `Backbone` below.
+"""The value that collaboration over distributions joins: `LM`, with `Backbone` below.
 
 An `LM` is an action of token strings on states which can be undone. It is six pure
 functions; parameters stay outside and are always an argument. The laws it obeys are in
 `collab_jax.testing.check_lm`.
 
-Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, V vocabulary,
-S slots, W width of the hidden states, H key-value heads, K size of a head.
+Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, V
+vocabulary, S slots, W width of the hidden states, H key-value heads, K size of a head.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ State = Any  # opaque to every loop; whatever has a row axis lives here
 
 
 class Features(NamedTuple):
-    """What a backbone saw on its way to the logits; unread fields cost nothing in jit."""
+    """What a backbone saw on its way to the logits; unread, it costs nothing in jit."""
 
     hidden: jax.Array  # [B, T, W], after the last norm: what `unembed` takes
     taps: dict[str, jax.Array] = {}  # chosen by name when the model is built
@@ -137,9 +137,9 @@ def prefill(
 ) -> State:
     """Consumes the first `count[b]` tokens of every row; no logits are computed.
 
-    The rows are extended together, chunk by chunk, padding included; then `rewind` takes
-    the padding back. The capacity must hold T rounded up to a multiple of the chunk, see
-    `padded`.
+    The rows are extended together, chunk by chunk, padding included; then `rewind`
+    takes the padding back. The capacity must hold T rounded up to a multiple of the
+    chunk, see `padded`.
 
     Args:
       lm: any LM.
@@ -194,8 +194,8 @@ class ByRows(NamedTuple):
 def branch_by_rows(lm: LM) -> LM:
     """An LM whose trees are rows: every node extends a copy of the prefix by its path.
 
-    The fallback for a member without tree attention, and the oracle for one that has it.
-    A tree of N nodes costs N + 1 copies of the state, each N tokens longer.
+    The fallback for a member without tree attention, and the oracle for one that has
+    it. A tree of N nodes costs N + 1 copies of the state, each N tokens longer.
 
     Args:
       lm: any LM; its own `branch` and `prune` are not called.

@@ -1,12 +1,13 @@
 """Pools: the next-token laws of several members become one.
 
-A pool is a function from a sequence of N arrays `[B, T, V]` of logits to one such array.
-Weights may be numbers or tracers, so they can be swept, vmapped and differentiated.
+A pool is a function from a sequence of N arrays `[B, T, V]` of logits to one such
+array. Weights may be numbers or tracers, so they can be swept, vmapped and
+differentiated.
 
 -inf means forbidden. In `linear` and what is built on it, the base (the first member)
 forbids with its -inf; another member's -inf forbids where its weight is positive, and
-leaves the member out for that token where it is not. `mixture` reads -inf as probability
-0. No pool makes a NaN; a NaN of a member stays visible.
+leaves the member out for that token where it is not. `mixture` reads -inf as
+probability 0. No pool makes a NaN; a NaN of a member stays visible.
 """
 
 from collections.abc import Callable, Sequence
@@ -145,7 +146,8 @@ def contrast(alpha, beta) -> Pool:
     """Contrastive decoding of (expert, amateur) with a plausibility mask.
 
     `log p = (1 + beta) log p_e - beta log p_a` where `p_e >= alpha max p_e`, else -inf.
-    The first form of the method (arXiv 2210.15097) is `plausible(alpha, linear(1, -1))`.
+    The first form of the method (arXiv 2210.15097) is `plausible(alpha, linear(1,
+    -1))`.
 
     Args:
       alpha: plausibility, in [0, 1]; 0.1 in the paper.

@@ -91,7 +91,7 @@ def visible(
 def write(
     buffer: jax.Array, values: jax.Array, length: jax.Array, axis: int = 1
 ) -> jax.Array:
-    """Writes T values behind the first `length[b]` slots of every row, in place in a loop.
+    """Writes T values behind the first `length[b]` slots of each row, in place.
 
     Args:
       buffer: `[B, S, ...]`, or `[B, H, S, ...]` with `axis=2`.

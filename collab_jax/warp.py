@@ -1,8 +1,8 @@
 """Warps: a next-token law becomes another, and an LM becomes the LM of warped laws.
 
-A warp is a function of logits `[B, T, V]`, or a `Warp` that also reads the tokens before
-each position. `warp(lm, *warps)` applies them in the order given; the customary order
-is penalties, temperature, top-k, top-p. Numbers may be tracers.
+A warp is a function of logits `[B, T, V]`, or a `Warp` that also reads the tokens
+before each position. `warp(lm, *warps)` applies them in the order given; the customary
+order is penalties, temperature, top-k, top-p. Numbers may be tracers.
 
 Thresholds are found by bisecting the bit pattern of the floats, not by sorting; tokens
 tied with the threshold are all kept.
@@ -215,7 +215,7 @@ def repetition_penalty(r) -> Warp:
 
 
 def frequency_penalty(frequency, presence=0.0) -> Warp:
-    """Lowers the logit of a token by its count: `z - frequency * n - presence * [n > 0]`.
+    """Lowers logits by the token's count n: `z - frequency * n - presence * [n > 0]`.
 
     Args:
       frequency: nats for every occurrence.

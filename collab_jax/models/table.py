@@ -22,7 +22,7 @@ class TableState(NamedTuple):
 
 
 def init(key: jax.Array, vocab: int, order: int, scale: float = 1.0) -> jax.Array:
-    """Random table: `[(V + 1) ** order, V]` logits, normal with this standard deviation.
+    """Random table: `[(V + 1) ** order, V]` logits, normally distributed.
 
     Args:
       key: consumed.
@@ -39,7 +39,7 @@ def init(key: jax.Array, vocab: int, order: int, scale: float = 1.0) -> jax.Arra
 def language_model(order: int) -> LM:
     """The LM over a table of `order` tokens of context.
 
-    `logits[b, t] = table[sum_k context[b, t, k] * (V + 1) ** k]`, with `context[..., 0]`
+    `logits[b, t] = table[sum_k context[b, t, k] * (V + 1) ** k]`; `context[b, t, 0]` is
     the token just consumed. Trees are read along their paths.
 
     Args:
