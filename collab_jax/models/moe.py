@@ -1,0 +1,159 @@
+"""Routed experts without dropping: every token is read by exactly its chosen experts.
+
+What a token becomes depends on that token alone, whatever else is in the batch.
+
+Shapes: B rows, T tokens of this call, N = B T tokens, E experts, A active experts of a
+token, W width, F width inside an expert.
+Source: Mixtral of Experts, arXiv:2401.04088.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from collab_jax.models.linear import Projection, leaf
+
+
+class Experts(NamedTuple):
+    """The weights of all experts of one layer."""
+
+    gate: jax.Array  # [E, W, F]
+    up: jax.Array  # [E, W, F]
+    down: jax.Array  # [E, F, W]
+
+
+def route(
+    logits: jax.Array, active: int, renormalise: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The most probable experts of each token, and the weight of each.
+
+    Args:
+      logits: `[N, E]`, scores of the router.
+      active: A.
+      renormalise: whether the weights of the chosen experts sum to one.
+
+    Returns:
+      weights `[N, A]` float32 and experts `[N, A]` int32, most probable first.
+
+    >>> weights, chosen = route(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), 2, True)
+    >>> chosen.tolist(), weights.round(3).tolist()
+    ([[1, 2]], [[0.625, 0.375]])
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, active)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return weights, chosen
+
+
+def mix_dense(
+    x: jax.Array,
+    experts: Experts,
+    weights: jax.Array,
+    chosen: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Every expert reads every token; the unchosen get weight zero. E / A times the work.
+
+    Args:
+      x: `[N, W]`.
+      experts: the weights.
+      weights: `[N, A]`.
+      chosen: `[N, A]`.
+      activation: elementwise.
+
+    Returns:
+      `[N, W]`, `sum_a weights[n, a] expert[chosen[n, a]](x[n])`.
+
+    >>> one = Experts(jnp.ones((2, 1, 1)), jnp.ones((2, 1, 1)), jnp.ones((2, 1, 1)))
+    >>> x, w = jnp.array([[3.0]]), jnp.array([[1.0]])
+    >>> mix_dense(x, one, w, jnp.array([[1]]), lambda h: h).tolist()
+    [[9.0]]
+    """
+    count = experts.gate.shape[0]
+    share = jnp.zeros((x.shape[0], count), weights.dtype)
+    share = share.at[jnp.arange(x.shape[0])[:, None], chosen].set(weights)
+    gate = jnp.einsum("nw,ewf->enf", x, experts.gate.astype(x.dtype))
+    up = jnp.einsum("nw,ewf->enf", x, experts.up.astype(x.dtype))
+    out = jnp.einsum(
+        "enf,efw->enw", activation(gate) * up, experts.down.astype(x.dtype)
+    )
+    return jnp.einsum("enw,ne->nw", out, share.astype(out.dtype))
+
+
+def mix_gathered(
+    x: jax.Array,
+    experts: Experts,
+    weights: jax.Array,
+    chosen: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Each token brings the weights of its own experts: best where N A is below E.
+
+    Arguments and result are those of `mix_dense`.
+
+    >>> one = Experts(jnp.ones((2, 1, 1)), jnp.ones((2, 1, 1)), jnp.ones((2, 1, 1)))
+    >>> x, w = jnp.array([[3.0]]), jnp.array([[1.0]])
+    >>> mix_gathered(x, one, w, jnp.array([[1]]), lambda h: h).tolist()
+    [[9.0]]
+    """
+    gate, up, down = (kernel[chosen].astype(x.dtype) for kernel in experts)
+    hidden = activation(jnp.einsum("nw,nawf->naf", x, gate))
+    hidden = hidden * jnp.einsum("nw,nawf->naf", x, up)
+    out = jnp.einsum("naf,nafw->naw", hidden, down)
+    return jnp.einsum("naw,na->nw", out, weights.astype(out.dtype))
+
+
+class ExpertWeights(nn.Module):
+    """The parameters of the experts of one layer."""
+
+    count: int
+    width: int
+    inner: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Experts:
+        """Returns the weights."""
+        wide, narrow = (self.count, self.width, self.inner), (
+            self.count,
+            self.inner,
+            self.width,
+        )
+        into = nn.initializers.normal(self.width**-0.5)
+        out = nn.initializers.normal(self.inner**-0.5)
+        return Experts(
+            leaf(self, "gate", into, wide, self.dtype),
+            leaf(self, "up", into, wide, self.dtype),
+            leaf(self, "down", out, narrow, self.dtype),
+        )
+
+
+class Mixture(nn.Module):
+    """A router and its experts, in the place of an MLP."""
+
+    width: int
+    inner: int
+    count: int
+    active: int
+    renormalise: bool
+    activation: Callable[[jax.Array], jax.Array]
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        """Declares the router and the experts."""
+        self.router = Projection(self.width, self.count, False, self.dtype)
+        self.experts = ExpertWeights(self.count, self.width, self.inner, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, T, W]` to `[B, T, W]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = route(self.router(flat), self.active, self.renormalise)
+        few = flat.shape[0] * self.active <= self.count
+        mix = mix_gathered if few else mix_dense
+        return mix(flat, self.experts(), weights, chosen, self.activation).reshape(
+            x.shape
+        )
