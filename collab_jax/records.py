@@ -9,22 +9,28 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
-def read(path: str | Path, keys: Sequence[str | tuple[str, ...]] = ()) -> list[Record]:
+def read(
+    path: str | Path,
+    keys: Sequence[str | tuple[str, ...]] = (),
+    parse: Callable[[Record], T] = lambda record: record,  # type: ignore[assignment]
+) -> list[T]:
     """All records of a JSONL file: one JSON object a line, empty lines skipped.
 
     Args:
       path: the file.
       keys: what every record must have; a tuple names alternatives.
+      parse: makes something of a record; a ValueError of its is given the place.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: naming file, line and key, for a line that is not a JSON object, a
-        missing key, or a file without records.
+        missing key, what `parse` refuses, or a file without records.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +66,10 @@ def read(path: str | Path, keys: Sequence[str | tuple[str, ...]] = ()) -> list[R
                 wanted = " or ".join(f'"{name}"' for name in names)
                 has = ", ".join(record) or "nothing"
                 raise ValueError(f"{where}: no key {wanted}; the record has {has}")
-        records.append(record)
+        try:
+            records.append(parse(record))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if not records:
         raise ValueError(f"{path}: no records, expected one JSON object a line")
     return records
