@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from collab_jax.models import positions
+from collab_jax.models.defaults import DEFAULTS
 from collab_jax.models.rotary import LongRope, Rotary
 
 
@@ -57,105 +58,6 @@ class Config:
     pad: int | None = None
 
 
-# What config.json leaves out because it is the default of its class in transformers.
-_COMMON = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "layer_types": None,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "sliding_window": None,
-}
-_LLAMA = _COMMON | {"max_position_embeddings": 2048, "mlp_bias": False}
-_QWEN = _COMMON | {"sliding_window": 4096, "num_key_value_heads": 32}
-_GEMMA = _COMMON | {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": _COMMON
-    | {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "mixtral": _COMMON
-    | {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "num_experts_per_tok": 2,
-        "num_local_experts": 8,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-    "qwen3_moe": _QWEN
-    | {
-        "num_key_value_heads": 4,
-        "decoder_sparse_step": 1,
-        "moe_intermediate_size": 768,
-        "num_experts_per_tok": 8,
-        "num_experts": 128,
-        "norm_topk_prob": False,
-        "mlp_only_layers": None,
-    },
-    "gemma2": _GEMMA
-    | {
-        "vocab_size": 256000,
-        "max_position_embeddings": 8192,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gemma3_text": _GEMMA
-    | {
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-        "sliding_window_pattern": 6,
-    },
-    "phi3": _COMMON
-    | {
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    },
-    "olmo2": _LLAMA | {"rms_norm_eps": 1e-5},
-    "gpt2": {
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": None,
-        "vocab_size": 50257,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-    },
-    "gpt_neox": _COMMON
-    | {
-        "hidden_act": "gelu",
-        "max_position_embeddings": 2048,
-        "layer_norm_eps": 1e-5,
-        "use_parallel_residual": True,
-        "attention_bias": True,
-    },
-}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -200,17 +102,17 @@ def from_hf(raw: Mapping[str, Any]) -> Config:
         outer = {k: raw[k] for k in ("bos_token_id", "eos_token_id") if k in raw}
         raw = {**outer, "model_type": "gemma3_text", **raw["text_config"]}
     family = raw.get("model_type")
-    if family not in _DEFAULTS:
+    if family not in DEFAULTS:
         raise ValueError(
             f"unknown architecture {family!r} (model_type in config.json); known are "
-            + ", ".join(sorted(_DEFAULTS))
+            + ", ".join(sorted(DEFAULTS))
         )
     for key in _FOREIGN:
         if raw.get(key):
             raise ValueError(
                 f"config.json of {family} sets {key}={raw[key]!r}, which is not supported"
             )
-    fields = _Fields(family, {**_DEFAULTS[family], **raw})
+    fields = _Fields(family, {**DEFAULTS[family], **raw})
     config = _gpt2(fields) if family == "gpt2" else _rotary_family(fields)
     for name, count in (("heads", config.heads), ("kv_heads", config.kv_heads)):
         if count < 1 or config.heads % config.kv_heads:
@@ -360,6 +262,107 @@ def _divide(width: int, heads: int) -> int:
     if width % heads:
         raise ValueError(f"width {width} must be a multiple of {heads} heads")
     return width // heads
+
+
+_WINDOWED = ("mistral", "mixtral", "phi3")
+_HF_NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """Writes a config.json that transformers 5 loads as the same model.
+
+    Args:
+      config: what the model is made of.
+
+    Returns:
+      A dict for `json.dump`; `from_hf` of it is the same configuration.
+
+    >>> config = from_hf({"model_type": "gpt2", "n_layer": 2})
+    >>> from_hf(to_hf(config)) == config
+    True
+    """
+    c = config
+    hf_activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(c.activation, c.activation)
+    raw: dict[str, Any] = {
+        "architectures": [_HF_NAMES[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab,
+        "tie_word_embeddings": c.tied,
+        "bos_token_id": c.bos,
+        "eos_token_id": list(c.eos) if len(c.eos) > 1 else (c.eos or (None,))[0],
+        "pad_token_id": c.pad,
+    }
+    if c.family == "gpt2":
+        return raw | {
+            "n_positions": c.context,
+            "n_embd": c.width,
+            "n_layer": c.layers,
+            "n_head": c.heads,
+            "n_inner": c.inner,
+            "activation_function": {"gelu_tanh": "gelu_new"}.get(
+                c.activation, c.activation
+            ),
+            "layer_norm_epsilon": c.eps,
+            "scale_attn_weights": c.query_scale != 1.0,
+        }
+    gemma = c.family in ("gemma2", "gemma3_text")
+    windows = [w for w in c.windows if w is not None]
+    raw |= {
+        "hidden_size": c.width,
+        "intermediate_size": c.inner,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "max_position_embeddings": c.context,
+        "hidden_activation" if gemma else "hidden_act": hf_activation,
+        "layer_norm_eps" if c.layer_norm else "rms_norm_eps": c.eps,
+        **positions.write_all(c.family, c.rotary, c.windows, c.context),
+    }
+    if c.family == "gpt_neox":
+        return raw | {
+            "use_parallel_residual": c.parallel,
+            "attention_bias": c.qkv_bias,
+        }
+    raw |= {"num_key_value_heads": c.kv_heads, "head_dim": c.head_size}
+    if c.family != "qwen2":
+        raw["attention_bias"] = c.out_bias
+    if c.family == "llama":
+        raw["mlp_bias"] = c.mlp_bias
+    if c.family in _WINDOWED or gemma:
+        raw["sliding_window"] = windows[0] if windows else (4096 if gemma else None)
+    if c.family in ("qwen2", "qwen3", "qwen3_moe"):
+        raw["use_sliding_window"] = bool(windows)
+        raw["sliding_window"] = windows[0] if windows else None
+    if c.family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        raw["layer_types"] = list(positions.kinds_of(c.windows))
+    if gemma:
+        raw["query_pre_attn_scalar"] = round(c.query_scale**-2)
+        raw["attn_logit_softcapping"] = c.attention_cap
+        raw["final_logit_softcapping"] = c.logit_cap
+    if c.family == "mixtral":
+        raw |= {"num_local_experts": c.experts, "num_experts_per_tok": c.active}
+    if c.family == "qwen3_moe":
+        raw |= {
+            "num_experts": c.experts,
+            "num_experts_per_tok": c.active,
+            "moe_intermediate_size": c.expert_inner,
+            "norm_topk_prob": c.renormalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i in range(c.layers) if not c.sparse[i]],
+        }
+    return raw
 
 
 def long_context(config: Config) -> Config:

@@ -224,6 +224,50 @@ def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
+def kinds_of(windows: tuple[int | None, ...]) -> tuple[str, ...]:
+    """The `layer_types` of transformers for these windows.
+
+    >>> kinds_of((4, None))
+    ('sliding_attention', 'full_attention')
+    """
+    return tuple("full_attention" if w is None else "sliding_attention" for w in windows)
+
+
+def write_all(
+    family: str,
+    rotary: tuple[Rotary, ...],
+    windows: tuple[int | None, ...],
+    context: int,
+) -> dict[str, Any]:
+    """The position keys of config.json, without windows.
+
+    Args:
+      family: model_type of config.json.
+      rotary: one per layer.
+      windows: one per layer.
+      context: tokens that the model was made for.
+
+    >>> write_all("llama", (Rotary(base=500.0),), (None,), 8)
+    {'rope_parameters': {'rope_theta': 500.0, 'rope_type': 'default'}}
+    """
+    if family == "gemma3_text":
+        kinds = kinds_of(windows)
+        both = {kind: write(r) for kind, r in zip(kinds, rotary, strict=True)}
+        # a type without layers still needs its parameters there
+        for kind in ("full_attention", "sliding_attention"):
+            both.setdefault(kind, write(rotary[0]))
+        return {"rope_parameters": both}
+    values = write(rotary[0])
+    if family in _PARTIAL:
+        values.setdefault("partial_rotary_factor", 1.0)
+    keys: dict[str, Any] = {"rope_parameters": values}
+    if family == "phi3":
+        keys["original_max_position_embeddings"] = values.get(
+            "original_max_position_embeddings", context
+        )
+    return keys
+
+
 def write(rotary: Rotary) -> dict[str, Any]:
     """The `rope_parameters` of transformers 5 for one rotary embedding.
 
