@@ -54,7 +54,7 @@ def prefix(names: Iterable[str]) -> str:
         if found + FIRST in names:
             return found
     raise ValueError(
-        f"no tensor {FIRST!r} among {len(names)}, bare or behind one of {PREFIXES[1:]}; "
+        f"no tensor {FIRST!r} among {len(names)}, bare or behind {PREFIXES[1:]}; "
         f"found for example {sorted(names)[:3]}"
     )
 

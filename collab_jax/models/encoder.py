@@ -66,9 +66,7 @@ class SelfAttention(nn.Module):
         """Maps `[B, T, W]` to `[B, T, W]` and the weights `[B, H, T, T]`."""
         split = (*x.shape[:2], self.config.heads, -1)
         q, k, v = (f(x).reshape(split) for f in (self.q, self.k, self.v))
-        scores = jnp.einsum(
-            "bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32
-        )
+        scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
         scores = scores / q.shape[-1] ** 0.5
         # finite, so that a row of length 0 gives no NaN
         scores = jnp.where(real[:, None, None, :], scores, jnp.finfo(scores.dtype).min)

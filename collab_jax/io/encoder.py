@@ -1,0 +1,175 @@
+"""Loads an encoder with its tokenizer, and embeds texts with it."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+
+from collab_jax.io.encoder_names import prefix, rules
+from collab_jax.io.hub import fetch
+from collab_jax.models.encoder import Encoder, encoder, first_token, mean_of_tokens
+from collab_jax.models.encoder_config import EncoderConfig, from_hf
+
+POOLER = "pooler.dense.weight"
+
+
+class EncoderModel(NamedTuple):
+    """An encoder with everything that is needed to embed text."""
+
+    params: Any
+    encoder: Encoder
+    tokenizer: Any  # its model_max_length is where texts are cut
+    config: EncoderConfig
+
+
+def load_encoder(
+    source: str | Path, dtype: Any = None, taps: tuple[str, ...] = ()
+) -> EncoderModel:
+    """Loads an encoder from a folder, a repository or a short name.
+
+    How a sentence is pooled is read from the files of sentence-transformers where the
+    folder has them; else it is the mean of the tokens, brought to length 1.
+
+    Args:
+      source: what `collab_jax.io.hub.fetch` takes, for example "minilm-l6-v2".
+      dtype: type of the parameters; None keeps the checkpoint's.
+      taps: see `collab_jax.models.encoder.encoder`.
+
+    Raises:
+      FileNotFoundError: where a file is missing.
+      ValueError: for an unknown architecture or pooling, a missing tensor, a wrong
+        shape, or a truncated file.
+    """
+    folder = Path(fetch(source))
+    config = from_hf(_read_json(folder / "config.json"))
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights} is missing: an encoder's weights lie there")
+    try:
+        with safe_open(weights, framework="np") as file:
+            start = prefix(file.keys())
+            config = _with_pooler(config, start + POOLER in file.keys())  # noqa: SIM118
+            params = _read(config, start, file, dtype)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+    pool, normalise, longest = _sentence_settings(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = min(config.capacity, longest or config.capacity)
+    made = encoder(config, taps, pool, normalise)
+    return EncoderModel(params, made, tokenizer, config)
+
+
+def embed_texts(
+    model: EncoderModel, texts: Sequence[str], batch_size: int = 32, multiple: int = 32
+) -> np.ndarray:
+    """Sentence embeddings of texts, in batches of similar length.
+
+    Args:
+      model: from `load_encoder`.
+      texts: N texts; one longer than `model.tokenizer.model_max_length` is cut there.
+      batch_size: B, texts per call.
+      multiple: padded lengths are multiples of this, so that few shapes are compiled.
+
+    Returns:
+      `[N, W]` float32.
+    """
+    if not texts:
+        return np.zeros((0, model.config.width), np.float32)
+    ids = model.tokenizer(list(texts), truncation=True, padding=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
+    embed = _jitted(model.encoder)
+    rows = np.zeros((len(ids), model.config.width), np.float32)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = -(-len(ids[chosen[-1]]) // multiple) * multiple
+        shape = (batch_size, min(longest, model.config.capacity))
+        tokens = np.full(shape, model.config.pad_id, np.int32)
+        length = np.zeros(batch_size, np.int32)
+        for row, n in enumerate(chosen):
+            tokens[row, : len(ids[n])] = ids[n]
+            length[row] = len(ids[n])
+        out = embed(model.params, jnp.asarray(tokens), jnp.asarray(length))
+        rows[chosen] = np.asarray(out)[: len(chosen)]
+    return rows
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(made: Encoder):
+    return jax.jit(made.embed_sentences)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: a Hugging Face folder is expected")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
+
+
+def _with_pooler(config: EncoderConfig, pooler: bool) -> EncoderConfig:
+    return EncoderConfig(**{**vars(config), "pooler": pooler})
+
+
+def _read(config: EncoderConfig, start: str, file: Any, dtype: Any) -> dict[str, Any]:
+    """The params tree, one leaf in memory twice at a time."""
+    have, params = set(file.keys()), {}
+    for rule in rules(config):
+        tensors = []
+        for name, shape in zip(rule.names, rule.shapes, strict=True):
+            if start + name not in have:
+                raise ValueError(f"tensor {start + name!r} of shape {shape} is missing")
+            tensor = file.get_tensor(start + name)
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"tensor {start + name!r} has shape {tensor.shape}, config.json "
+                    f"asks for {shape}"
+                )
+            tensors.append(tensor)
+        for path, array in zip(rule.paths, rule.load(tensors), strict=True):
+            node = params
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = jnp.asarray(array, dtype)
+    return params
+
+
+def _sentence_settings(folder: Path):
+    """Pool, normalisation and longest text, as sentence-transformers says them."""
+    if not (folder / "modules.json").exists():
+        return mean_of_tokens, True, None
+    pool, normalise = first_token, False
+    for module in _read_json(folder / "modules.json"):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            pool = _pool(folder / module["path"] / "config.json")
+        elif kind == "Normalize":
+            normalise = True
+        elif kind != "Transformer":
+            raise ValueError(f"module {module['type']!r} in {folder} is not supported")
+    longest = None
+    if (folder / "sentence_bert_config.json").exists():
+        settings = _read_json(folder / "sentence_bert_config.json")
+        longest = settings.get("max_seq_length")
+    return pool, normalise, longest
+
+
+def _pool(path: Path):
+    settings = _read_json(path)
+    chosen = [n for n, on in settings.items() if n.startswith("pooling_mode") and on]
+    known = {
+        "pooling_mode_mean_tokens": mean_of_tokens,
+        "pooling_mode_cls_token": first_token,
+    }
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise ValueError(f"{path} asks for {chosen}; one of {list(known)} is supported")
+    return known[chosen[0]]
