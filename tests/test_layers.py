@@ -128,7 +128,8 @@ def undocumented(root):
 
     Public is what has no leading underscore: functions and classes of a module, and the
     methods of these classes. A class and a method need a docstring, a function also an
-    example. The docstring of a command is its --help, so it needs no example.
+    example. The docstring of a command is its --help, so it needs no example; nor does
+    the console script, `cli.main`, which leaves the interpreter.
     """
     for path in sources(root, PACKAGE):
         body = ast.parse(path.read_text())
@@ -157,7 +158,9 @@ def undocumented(root):
 
 
 def is_command(node):
-    """Whether a function is a command of the command line."""
+    """Whether a function is a command of the command line, or runs it."""
+    if node.name == "main":
+        return True
     names = [ast.unparse(decorator) for decorator in node.decorator_list]
     return any(re.match(r"(click|\w+)\.(command|group)\b", name) for name in names)
 

@@ -47,13 +47,13 @@ def test_python_runs_on_real_models(capsys):
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line, tmp_path, monkeypatch):
     """Commands and options of the README exist, and take the values shown."""
-    from collab_jax.cli import main
+    from collab_jax.cli import cli
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
     _, name, *arguments = shlex.split(line)
-    with click.Context(main) as context:
-        command = main.get_command(context, name)
+    with click.Context(cli) as context:
+        command = cli.get_command(context, name)
         assert command is not None, f"no command {name}"
         command.make_context(name, arguments, parent=context)
 
