@@ -1,0 +1,276 @@
+"""Tensors on disk in the safetensors format, one at a time.
+
+A file is eight bytes of header length, a JSON header, and the tensors' bytes. Reading
+maps only the tensor that is asked for and lets it go again, so that loading a model
+never holds it twice. Writing streams: one tensor is in memory at a time.
+"""
+
+import difflib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+
+
+class Layout(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint(NamedTuple):
+    """Named tensors on disk, whatever the format: their layouts, and how to read one."""
+
+    layouts: dict[str, Layout]  # in the order of the file
+    read: Callable[[str], np.ndarray]  # read-only; good until it is let go
+
+
+class _Entry(NamedTuple):
+    """Where one tensor lies."""
+
+    path: Path
+    layout: Layout
+    start: int  # in bytes from the beginning of the file
+
+
+def open_file(path: str | Path) -> Checkpoint:
+    """The tensors of one file.
+
+    Args:
+      path: a .safetensors file.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      ValueError: for a file that is cut off or is no safetensors file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write(path, {"x": Layout(DTYPES["F32"], (2,))}, [np.float32([1, 2])])
+    >>> open_file(path).read("x").tolist()
+    [1.0, 2.0]
+    """
+    return _checkpoint(_entries(Path(path)))
+
+
+def open_folder(folder: str | Path) -> Checkpoint:
+    """The tensors of a model's folder: `model.safetensors`, or the shards of its index.
+
+    Args:
+      folder: in the layout of Hugging Face.
+
+    Raises:
+      FileNotFoundError: where the folder holds no such file, or a shard is missing.
+      ValueError: for a damaged file, or an index that does not fit its shards.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return open_file(single)
+    if not index.exists():
+        others = sorted(p.name for p in folder.glob("*.bin"))
+        found = f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
+        raise FileNotFoundError(
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json"
+            + found
+        )
+    where = json.loads(index.read_text())["weight_map"]
+    shards = {shard: _entries(folder / shard) for shard in sorted(set(where.values()))}
+    for name, shard in where.items():
+        if name not in shards[shard]:
+            raise ValueError(f"{index} places tensor {name} in {shard}, which lacks it")
+    return _checkpoint({name: shards[shard][name] for name, shard in where.items()})
+
+
+def _checkpoint(entries: dict[str, _Entry]) -> Checkpoint:
+    def read(name: str) -> np.ndarray:
+        if name not in entries:
+            raise missing(name, entries)
+        entry = entries[name]
+        dtype, shape = entry.layout
+        if math.prod(shape) == 0:
+            return np.zeros(shape, dtype)
+        # one map per tensor: its pages leave the process with it
+        return np.memmap(entry.path, dtype, "r", entry.start, shape)
+
+    return Checkpoint({name: entry.layout for name, entry in entries.items()}, read)
+
+
+def missing(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a tensor that is not there; it names the closest that are.
+
+    >>> print(missing("norm.weight", ["norm.scale", "head"]))
+    tensor norm.weight is missing from the checkpoint; the closest there is norm.scale
+    """
+    close = difflib.get_close_matches(name, list(known), 1, 0.0)
+    hint = f"; the closest there is {close[0]}" if close else "; it is empty"
+    return ValueError(f"tensor {name} is missing from the checkpoint{hint}")
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT, max(size - 8, 0)):
+            raise ValueError(
+                f"{path} has {size} bytes and no complete safetensors header: it is cut "
+                "off or of another format; fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has a damaged safetensors header ({error}); fetch it again"
+            ) from None
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
+    if size != expected:
+        raise ValueError(
+            f"{path} has {size} bytes, its header promises {expected}: "
+            + ("it is cut off" if size < expected else "it holds something else too")
+            + "; fetch it again"
+        )
+    return {name: _entry(path, name, 8 + length, h) for name, h in header.items()}
+
+
+def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
+    if header["dtype"] not in DTYPES:
+        raise ValueError(
+            f"tensor {name} in {path} has the unknown type {header['dtype']}; known are "
+            + ", ".join(DTYPES)
+        )
+    layout = Layout(DTYPES[header["dtype"]], tuple(header["shape"]))
+    start, end = header["data_offsets"]
+    promised = math.prod(layout.shape) * layout.dtype.itemsize
+    if end - start != promised:
+        raise ValueError(
+            f"tensor {name} in {path} has {end - start} bytes, "
+            f"{layout.dtype.name}{list(layout.shape)} needs {promised}"
+        )
+    return _Entry(path, layout, origin + start)
+
+
+def write(
+    path: str | Path, layouts: dict[str, Layout], tensors: Iterable[np.ndarray]
+) -> None:
+    """Writes one file, tensor after tensor; the file appears whole or not at all.
+
+    Args:
+      path: where to.
+      layouts: types and shapes by name, in the order of the tensors.
+      tensors: in that order; each is asked for when the one before it is written.
+
+    Raises:
+      ValueError: for a tensor that is not as announced.
+    """
+    path = Path(path)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layouts.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors' bytes start at a multiple of eight
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for (name, layout), tensor in zip(layouts.items(), tensors, strict=True):
+                if Layout(tensor.dtype, tensor.shape) != layout:
+                    raise ValueError(
+                        f"tensor {name} is {tensor.dtype.name}{list(tensor.shape)}, "
+                        f"announced was {layout.dtype.name}{list(layout.shape)}"
+                    )
+                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_folder(
+    folder: str | Path,
+    layouts: dict[str, Layout],
+    tensors: Iterable[np.ndarray],
+    max_shard_size: int,
+) -> None:
+    """Writes `model.safetensors`, or shards with their index where it would be too big.
+
+    Args:
+      folder: exists.
+      layouts: types and shapes by name, in the order of the tensors.
+      tensors: in that order.
+      max_shard_size: bytes; a single tensor may be larger.
+    """
+    folder = Path(folder)
+    shards = split(layouts, max_shard_size)
+    stream = iter(tensors)
+    if len(shards) == 1:
+        write(folder / "model.safetensors", layouts, stream)
+        return
+    where = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        piece = {name: layouts[name] for name in names}
+        write(folder / file, piece, (next(stream) for _ in names))
+        where |= dict.fromkeys(names, file)
+    total = sum(_size(layout) for layout in layouts.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def split(layouts: dict[str, Layout], max_size: int) -> Sequence[list[str]]:
+    """Names in order, cut where the next tensor would not fit into the shard.
+
+    >>> four = Layout(DTYPES["F32"], (1,))
+    >>> split({"a": four, "b": four, "c": four}, 8)
+    [['a', 'b'], ['c']]
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, layout in layouts.items():
+        if shards[-1] and size + _size(layout) > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _size(layout)
+    return shards
+
+
+def _size(layout: Layout) -> int:
+    return math.prod(layout.shape) * layout.dtype.itemsize
