@@ -157,7 +157,7 @@ CASES = {
 
 
 def tensors(config):
-    """The checkpoint of a model: name -> float32 array, a function of name and shape."""
+    """The checkpoint of a model: name -> float32 array, drawn from its name."""
     drawn = {}
     for rule in names.rules(config):
         for name, shape in zip(rule.names, rule.shapes, strict=True):

@@ -1,9 +1,9 @@
 """The bijection between the tensors of a checkpoint and the leaves of a params tree.
 
-A checkpoint keeps `[out, in]` matrices under the names of its authors, some of them fused
-(queries, keys and values in one) and some split (one matrix an expert); a tree has
-`[in, out]` kernels, one leaf a matrix, experts stacked. A `Rule` translates some tensors
-into some leaves and back, without loss. The order of the rules is the checkpoint's.
+A checkpoint keeps `[out, in]` matrices under the names of its authors, some of them
+fused (queries, keys and values in one), some split (one matrix an expert); a tree has
+`[in, out]` kernels, one leaf a matrix, experts stacked. A `Rule` translates tensors into
+leaves and back without loss. The order of the rules is the checkpoint's.
 
 numpy only: any type, bfloat16 through ml_dtypes included, passes unchanged.
 """
@@ -49,13 +49,13 @@ def _fused(paths: tuple[Path, ...], name: str, sizes: list[int], *rest: int) -> 
         return _flip(np.split(tensors[0], cuts, axis=0))
 
     def save(leaves: Arrays) -> Arrays:
-        return [np.concatenate([leaf.T for leaf in leaves], axis=0)]
+        return [np.ascontiguousarray(np.concatenate([leaf.T for leaf in leaves]))]
 
     return Rule(paths, (name,), ((sum(sizes), *rest),), load, save)
 
 
 def _thirds(paths: tuple[Path, ...], name: str, *shape: int) -> Rule:
-    """GPT-2: one `[in, 3 out]` tensor (or `[3 out]`), cut into three along the last axis."""
+    """GPT-2: one `[in, 3 out]` or `[3 out]` tensor, cut along the last axis."""
 
     def load(tensors: Arrays) -> Arrays:
         parts = np.split(tensors[0], 3, axis=-1)
@@ -76,7 +76,7 @@ def _per_head(paths: tuple[Path, ...], name: str, heads: int, *shape: int) -> Ru
 
     def save(leaves: Arrays) -> Arrays:
         split = [leaf.T.reshape(heads, -1, *shape[1:]) for leaf in leaves]
-        return [np.stack(split, axis=1).reshape(shape)]
+        return [np.ascontiguousarray(np.stack(split, axis=1).reshape(shape))]
 
     return Rule(paths, (name,), (shape,), load, save)
 
@@ -139,7 +139,9 @@ def _norm(config: Config, path: Path, name: str) -> list[Rule]:
 
 
 def _llama_like(c: Config) -> list[Rule]:
-    found = [_same(("embed", "embedding"), "model.embed_tokens.weight", c.vocab, c.width)]
+    found = [
+        _same(("embed", "embedding"), "model.embed_tokens.weight", c.vocab, c.width)
+    ]
     for i in range(c.layers):
         layer, name = (f"layers_{i}",), f"model.layers.{i}"
         found += _llama_attention(c, (*layer, "attention"), f"{name}.self_attn")
@@ -248,7 +250,10 @@ def _gpt2(c: Config) -> list[Rule]:
     for i in range(c.layers):
         layer, name = (f"layers_{i}",), f"transformer.h.{i}"
         found += _norm(c, (*layer, "attention_norm"), f"{name}.ln_1")
-        for kind, shape in (("kernel", (c.width, 3 * c.width)), ("bias", (3 * c.width,))):
+        for kind, shape in (
+            ("kernel", (c.width, 3 * c.width)),
+            ("bias", (3 * c.width,)),
+        ):
             paths = tuple((*layer, "attention", part, kind) for part in "qkv")
             theirs = "weight" if kind == "kernel" else "bias"
             found.append(_thirds(paths, f"{name}.attn.c_attn.{theirs}", *shape))
@@ -349,7 +354,8 @@ def load_tree(config: Config, read: Callable[[str], np.ndarray]) -> dict[str, An
         for name, tensor, shape in zip(rule.names, tensors, rule.shapes, strict=True):
             if tensor.shape != shape:
                 raise ValueError(
-                    f"tensor {name} has shape {tensor.shape}, config.json implies {shape}"
+                    f"tensor {name} has shape {tensor.shape}, but config.json "
+                    f"implies {shape}"
                 )
         for path, leaf in zip(rule.paths, rule.load(tensors), strict=True):
             node = tree
@@ -368,8 +374,8 @@ def save_tree(config: Config, params: Any) -> Iterator[tuple[str, np.ndarray]]:
 
     >>> from collab_jax.models.config import from_hf
     >>> config = from_hf({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 0})
-    >>> tree = load_tree(config, lambda name: np.zeros((50257 if "wte" in name else 1024, 4)
-    ...     if "w" in name.split(".")[1] else 4))
+    >>> shapes = {n: s for r in rules(config) for n, s in zip(r.names, r.shapes)}
+    >>> tree = load_tree(config, lambda name: np.zeros(shapes[name]))
     >>> [name for name, _ in save_tree(config, tree)][:2]
     ['transformer.wte.weight', 'transformer.wpe.weight']
     """

@@ -1,7 +1,7 @@
 """Attention of a few new tokens over the slots of a cache.
 
-The cache stays as it lies, `[B, H, S, K]`, on the left of both products: no copy of it is
-made, and grouped queries share keys and values without repeating them.
+The cache stays as it lies, `[B, H, S, K]`: no copy of it is made, and the queries of a
+group share their keys and values without repeating them.
 
 Shapes: B rows, T tokens of this call, S slots, H key-value heads, G queries a key-value
 head, K size of a head, W width of the hidden states.
@@ -39,25 +39,25 @@ def attend(
       cap: scores become `cap * tanh(scores / cap)`.
 
     Returns:
-      `[B, T, H * G * K]` in the type of q, and the weights `[B, H, S, G, T]` float32.
+      `[B, T, H * G * K]` in the type of q, and the weights `[B, H, G, T, S]` float32.
 
     >>> q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4))
     >>> out, weights = attend(q, k, k, jnp.array([[[True, True, False]]]), 0.5)
-    >>> weights[0, 0, :, 0, 0].tolist()
+    >>> weights[0, 0, 0, 0].tolist()
     [0.5, 0.5, 0.0]
     """
     batch, tokens, heads, size = q.shape
     group = heads // k.shape[1]
     q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, tokens, -1, group, size)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, -1, group * tokens, size)
-    scores = jnp.einsum("bhsk,bhqk->bhsq", k, q, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    seen = mask.transpose(0, 2, 1)[:, None, :, None, :]  # [B, 1, S, 1, T]
-    scores = scores.reshape(batch, -1, k.shape[2], group, tokens)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=2)
-    flat = weights.astype(v.dtype).reshape(batch, -1, k.shape[2], group * tokens)
-    out = jnp.einsum("bhsq,bhsk->bhqk", flat, v, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, -1, group, tokens, k.shape[2])
+    seen = mask[:, None, None, :, :]  # [B, 1, 1, T, S]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    flat = weights.astype(v.dtype).reshape(batch, -1, group * tokens, k.shape[2])
+    out = jnp.einsum("bhqs,bhsk->bhqk", flat, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, -1, group, tokens, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, tokens, -1).astype(q.dtype), weights
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
           angles: cosine and sine `[B, T, R / 2]`, or None.
 
         Returns:
-          `[B, T, W]`, the cache, and the weights `[B, H, S, G, T]`.
+          `[B, T, W]`, the cache, and the weights `[B, H, G, T, S]`.
         """
         c = self.config
         split = (*x.shape[:2], -1, c.head_size)

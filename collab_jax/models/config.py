@@ -28,7 +28,9 @@ class Config:
     inner: int  # width inside the dense MLP
     context: int  # tokens that the model was made for
     rotary: tuple[Rotary | None, ...]  # one per layer
-    windows: tuple[int | None, ...]  # one per layer: how far back it sees, itself counted
+    windows: tuple[
+        int | None, ...
+    ]  # one per layer: how far back it sees, itself counted
     query_scale: float  # scores = query_scale * q . k
     activation: str = "silu"  # silu, gelu, gelu_tanh, relu
     eps: float = 1e-6
@@ -110,21 +112,21 @@ def from_hf(raw: Mapping[str, Any]) -> Config:
     for key in _FOREIGN:
         if raw.get(key):
             raise ValueError(
-                f"config.json of {family} sets {key}={raw[key]!r}, which is not supported"
+                f"config.json of {family} sets {key}={raw[key]!r}, "
+                "which is not supported"
             )
     fields = _Fields(family, {**DEFAULTS[family], **raw})
     config = _gpt2(fields) if family == "gpt2" else _rotary_family(fields)
-    for name, count in (("heads", config.heads), ("kv_heads", config.kv_heads)):
-        if count < 1 or config.heads % config.kv_heads:
-            raise ValueError(
-                f"{name}: {config.heads} query heads must be a multiple of "
-                f"{config.kv_heads} key-value heads, both positive"
-            )
+    if min(config.heads, config.kv_heads) < 1 or config.heads % config.kv_heads:
+        raise ValueError(
+            f"{config.heads} query heads must be a positive multiple of "
+            f"{config.kv_heads} key-value heads"
+        )
     return config
 
 
 class _Fields(dict):
-    """The keys of a config.json; a missing one is an error that names the file's key."""
+    """The keys of a config.json; a missing one is an error that names it."""
 
     def __init__(self, family: str, raw: Mapping[str, Any]):
         super().__init__(raw)
@@ -145,7 +147,11 @@ class _Fields(dict):
         eos = self.get("eos_token_id")
         return {
             "bos": self.get("bos_token_id"),
-            "eos": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            "eos": tuple(eos)
+            if isinstance(eos, list)
+            else ()
+            if eos is None
+            else (eos,),
             "pad": self.get("pad_token_id"),
         }
 
@@ -366,7 +372,7 @@ def to_hf(config: Config) -> dict[str, Any]:
 
 
 def long_context(config: Config) -> Config:
-    """The same model reading texts longer than its first context (LongRoPE's long list).
+    """The same model for texts beyond its first context (the long list of LongRoPE).
 
     A configuration without such a list comes back as it is.
 

@@ -1,4 +1,4 @@
-"""What config.json leaves out because it is the default of its class in transformers."""
+"""What config.json leaves out, being the default of its class in transformers."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """The one door for every product with a weight matrix.
 
 A kernel is an array, or a NamedTuple with a method `project(x)` that stands for one
-(a low-rank correction, quantised weights). Layouts, kernels of a backend and such leaves
-are decided here and nowhere else.
+(a low-rank correction, quantised weights). Layouts, kernels of a backend and such
+leaves are decided here and nowhere else.
 
 Shapes: B rows, T tokens of this call, I size in, O size out, E experts, N tokens.
 """
@@ -16,9 +16,7 @@ from flax import linen as nn
 Kernel = Any  # an array, or a NamedTuple with a method project(x)
 
 
-def project(
-    x: jax.Array, kernel: Kernel, bias: jax.Array | None = None
-) -> jax.Array:
+def project(x: jax.Array, kernel: Kernel, bias: jax.Array | None = None) -> jax.Array:
     """Multiplies by a weight matrix: `y = x @ kernel + bias`.
 
     Args:
@@ -94,7 +92,8 @@ def leaf(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> K
     ...     @nn.compact
     ...     def __call__(self, x):
     ...         return x * leaf(self, "scale", nn.initializers.ones, (2,), x.dtype)
-    >>> Scale().apply({"params": {"scale": jnp.array([2.0, 3.0])}}, jnp.ones(2)).tolist()
+    >>> params = {"scale": jnp.array([2.0, 3.0])}
+    >>> Scale().apply({"params": params}, jnp.ones(2)).tolist()
     [2.0, 3.0]
     """
     if module.has_variable("params", name):

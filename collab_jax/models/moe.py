@@ -56,7 +56,7 @@ def mix_dense(
     chosen: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Every expert reads every token; the unchosen get weight zero. E / A times the work.
+    """Every expert reads every token, the unchosen with weight zero.
 
     Args:
       x: `[N, W]`.
@@ -118,10 +118,13 @@ class ExpertWeights(nn.Module):
     @nn.compact
     def __call__(self) -> Experts:
         """Returns the weights."""
-        wide, narrow = (self.count, self.width, self.inner), (
-            self.count,
-            self.inner,
-            self.width,
+        wide, narrow = (
+            (self.count, self.width, self.inner),
+            (
+                self.count,
+                self.inner,
+                self.width,
+            ),
         )
         into = nn.initializers.normal(self.width**-0.5)
         out = nn.initializers.normal(self.inner**-0.5)

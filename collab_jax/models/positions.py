@@ -85,12 +85,12 @@ def layer_kinds(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, 
                 f"layer_types of {family} must be {layers} of {sorted(known)}, "
                 f"found {len(given)} of {sorted(set(given))}"
             )
-        if family not in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
-            if tuple(given) != kinds:
-                raise ValueError(
-                    f"layer_types={list(given)} is not supported for {family}, whose "
-                    "reference ignores it"
-                )
+        free = family in ("qwen2", "qwen3", "gemma2", "gemma3_text")
+        if not free and tuple(given) != kinds:
+            raise ValueError(
+                f"layer_types={list(given)} is not supported for {family}, whose "
+                "reference ignores it"
+            )
         kinds = tuple(given)
     if "sliding_attention" in kinds and not window:
         raise ValueError(f"{family} has sliding_attention layers but no sliding_window")
@@ -158,7 +158,9 @@ def _rotary(
     if family == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"
     if fraction != 1.0 and family not in _PARTIAL:
-        raise ValueError(f"partial_rotary_factor={fraction} is not supported for {family}")
+        raise ValueError(
+            f"partial_rotary_factor={fraction} is not supported for {family}"
+        )
     if kind not in _KNOWN or set(values) - _KNOWN.get(kind, set()):
         raise ValueError(
             f"rope_type {kind!r} with {sorted(values)} is not supported; known are "
@@ -176,7 +178,11 @@ def _rotary(
 
 
 def _scaling(
-    kind: str, values: dict[str, Any], raw: Mapping[str, Any], size: int, fraction: float
+    kind: str,
+    values: dict[str, Any],
+    raw: Mapping[str, Any],
+    size: int,
+    fraction: float,
 ) -> Scaling | None:
     if kind == "default":
         return None
@@ -230,7 +236,9 @@ def kinds_of(windows: tuple[int | None, ...]) -> tuple[str, ...]:
     >>> kinds_of((4, None))
     ('sliding_attention', 'full_attention')
     """
-    return tuple("full_attention" if w is None else "sliding_attention" for w in windows)
+    return tuple(
+        "full_attention" if w is None else "sliding_attention" for w in windows
+    )
 
 
 def write_all(

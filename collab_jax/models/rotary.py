@@ -24,7 +24,7 @@ def _frequencies(base: float, size: int) -> np.ndarray:
 
 
 class Interpolation(NamedTuple):
-    """All frequencies divided by one factor (position interpolation, arXiv:2306.15595)."""
+    """All frequencies divided by one factor (arXiv:2306.15595)."""
 
     factor: float
 
@@ -53,7 +53,7 @@ class Llama3(NamedTuple):
 
 
 class Yarn(NamedTuple):
-    """A ramp between divided and kept frequencies, over the dimensions (arXiv:2309.00071)."""
+    """A ramp over the pairs between divided and kept frequencies (arXiv:2309.00071)."""
 
     factor: float
     original: int  # context of the first training, tokens
@@ -82,7 +82,7 @@ class Yarn(NamedTuple):
 
 
 class LongRope(NamedTuple):
-    """One divisor per pair, one list for short texts and one for long (arXiv:2402.13753).
+    """One divisor per pair, from a list for short or for long texts (arXiv:2402.13753).
 
     The reference changes lists, for all positions at once, when the text outgrows the
     original context. What was cached would then be wrong, so here the list is part of

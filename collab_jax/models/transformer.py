@@ -1,10 +1,10 @@
 """The decoder transformer of every family, as a `Backbone`.
 
-Linen makes and names the parameters; the cache is an argument, and the loop over layers
-is unrolled, because a scan over stacked layers copies their weights.
+Linen makes and names the parameters; the cache is an argument, and the loop over
+layers is unrolled, because a scan over stacked layers copies their weights.
 
-Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary, W width,
-H key-value heads, K size of a head.
+Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary, W size
+of the hidden states, H key-value heads, K size of a head.
 """
 
 from collections.abc import Callable
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens `[B, T]` to `[B, T, W]`, without positions."""
         x = self.embed(tokens)
-        # the factor is rounded to the type of the weights, as the checkpoint's authors did
+        # the factor is rounded to the type of the weights, as in training
         return x * jnp.asarray(self.config.embed_scale, x.dtype)
 
     def features(self, state, x, parents, taps):
@@ -153,8 +153,7 @@ class Decoder(nn.Module):
             caches.append(cache)
             seen[f"hidden.{i + 1}"] = x
             if f"attention.{i + 1}" in taps:
-                mean = weights.mean(axis=(1, 3)).transpose(0, 2, 1)  # [B, T, S]
-                seen[f"attention.{i + 1}"] = mean
+                seen[f"attention.{i + 1}"] = weights.mean(axis=(1, 2))
         out = Features(self.norm(x), {name: seen[name] for name in taps})
         if state is None:
             return out, None
@@ -283,9 +282,12 @@ def _check_reach(config: Config, tokens: int) -> None:
         )
     for rotary in config.rotary:
         scaling = None if rotary is None else rotary.scaling
-        if isinstance(scaling, LongRope) and not scaling.use_long:
-            if tokens > scaling.original:
-                raise ValueError(
-                    f"{tokens} tokens exceed the first context of {scaling.original} of "
-                    f"this {config.family} model; build it from config.long_context"
-                )
+        if (
+            isinstance(scaling, LongRope)
+            and not scaling.use_long
+            and tokens > scaling.original
+        ):
+            raise ValueError(
+                f"{tokens} tokens exceed the first context of {scaling.original} of "
+                f"this {config.family} model; build it from config.long_context"
+            )

@@ -1,4 +1,4 @@
-"""Every decoder family against torch transformers, and its folders in both directions."""
+"""Every decoder family against torch transformers, and its folders both ways."""
 
 import dataclasses
 import json
@@ -24,8 +24,10 @@ MARGIN = 1e-4  # routers closer than this may choose either expert
 
 def read(raw):
     config = from_hf(raw)
-    return long_context(config) if raw.get("original_max_position_embeddings") == 8 else (
-        config
+    return (
+        long_context(config)
+        if raw.get("original_max_position_embeddings") == 8
+        else (config)
     )
 
 
@@ -41,6 +43,7 @@ def load_torch(folder):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         attn_implementation="eager",
+        experts_implementation="eager",
         dtype=torch.float32,
         output_loading_info=True,
     )
@@ -113,14 +116,18 @@ def test_logits(name, tmp_path):
     tokens, length = families.batch(config)
     backbone = transformer(config)
     valid = np.arange(tokens.shape[1]) < length[:, None]
-    # a token whose router was undecided may also change the tokens that read it
-    decided = np.minimum.accumulate(margin, axis=1) > MARGIN
+    decided = margin > MARGIN
     checked = valid & decided
     apart = int((valid & ~decided).sum())
-    assert apart < 0.2 * valid.sum(), f"{apart} positions with an undecided router"
+    assert apart < 5, f"{apart} positions with an undecided router"
 
-    gaps = {"whole": difference(jax.jit(whole, static_argnums=0)(
-        backbone, params, tokens), expected, checked)}
+    gaps = {
+        "whole": difference(
+            jax.jit(whole, static_argnums=0)(backbone, params, tokens),
+            expected,
+            checked,
+        )
+    }
     parts, again = jax.jit(chunked, static_argnums=0)(
         language_model(backbone), params, tokens, length
     )
@@ -140,9 +147,13 @@ def test_folder_of_our_own(name, tmp_path):
     """Our config.json with our tensor names is the model that the given one was."""
     raw = families.CASES[name]
     config = read(raw)
-    assert read(to_hf(config) | {
-        k: v for k, v in raw.items() if k == "original_max_position_embeddings"
-    }) == config
+    assert (
+        read(
+            to_hf(config)
+            | {k: v for k, v in raw.items() if k == "original_max_position_embeddings"}
+        )
+        == config
+    )
     write_folder(tmp_path / "given", config, raw)
     write_folder(tmp_path / "ours", config, to_hf(config))
     given, ours = load_torch(tmp_path / "given"), load_torch(tmp_path / "ours")
@@ -193,11 +204,15 @@ def test_a_wrong_model_fails(name, tmp_path):
     expected, _ = torch_logits(load_torch(tmp_path / "given"), tokens, length)
     wrong = WRONG[name](config)
     if wrong.family == "phi3":
-        wrong = dataclasses.replace(wrong, rotary=tuple(
-            r._replace(scaling=r.scaling._replace(original=64)) for r in wrong.rotary
-        ))
+        wrong = dataclasses.replace(
+            wrong,
+            rotary=tuple(
+                r._replace(scaling=r.scaling._replace(original=64))
+                for r in wrong.rotary
+            ),
+        )
     params = names.load_tree(config, tensors.__getitem__)
     params = jax.tree.map(jnp.asarray, params)
     found = jax.jit(whole, static_argnums=0)(transformer(wrong), params, tokens)
     checked = np.arange(tokens.shape[1]) < length[:, None]
-    assert difference(found, expected, checked) > 10 * TOLERANCE
+    assert difference(found, expected, checked) > TOLERANCE
