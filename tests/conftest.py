@@ -10,7 +10,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # The library never needs torch; the comparison with it runs where it is installed.
 TORCH = importlib.util.find_spec("torch") is not None
-collect_ignore = [] if TORCH else ["parity"]
+# Golden vectors are made by scripts that need it too.
+collect_ignore = ["golden"] if TORCH else ["golden", "parity"]
 
 
 def pytest_report_header(config):
