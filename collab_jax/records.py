@@ -9,23 +9,22 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-T = TypeVar("T")
 
 
 def read(
     path: str | Path,
     keys: Sequence[str | tuple[str, ...]] = (),
-    parse: Callable[[Record], T] = lambda record: record,  # type: ignore[assignment]
-) -> list[T]:
+    parse: Callable[[Record], Any] | None = None,
+) -> list[Any]:
     """All records of a JSONL file: one JSON object a line, empty lines skipped.
 
     Args:
       path: the file.
       keys: what every record must have; a tuple names alternatives.
-      parse: makes something of a record; a ValueError of its is given the place.
+      parse: what to make of a record; its ValueError is given the place.
 
     Raises:
       FileNotFoundError: no such file.
@@ -67,7 +66,7 @@ def read(
                 has = ", ".join(record) or "nothing"
                 raise ValueError(f"{where}: no key {wanted}; the record has {has}")
         try:
-            records.append(parse(record))
+            records.append(parse(record) if parse else record)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not records:

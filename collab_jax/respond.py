@@ -62,7 +62,8 @@ class Codec(NamedTuple):
     encode: Callable[[Sequence[str]], list[list[int]]]  # at least one token a text
     decode: Callable[[Sequence[int]], str]
     eos: tuple[int, ...] = ()  # the tokens that end a text
-    spelling: Sequence[bytes] | None = None  # bytes of each token; for stop strings
+    # the bytes of each token, where they are wanted: for stop strings
+    spelling: Callable[[], Sequence[bytes]] | None = None
 
 
 class Generation(NamedTuple):
@@ -241,7 +242,7 @@ def from_lm(
                 f"stop strings {list(stops)} were given with a codec that has no "
                 "spelling: it needs the bytes of every token"
             )
-        automaton = stop.automaton(stops, codec.spelling)
+        automaton = stop.automaton(stops, codec.spelling())
     if warps is None:
         strategy = decode.greedy
     else:
@@ -294,7 +295,7 @@ def _check(tokens: Sequence[Sequence[int]], longest: int | None) -> None:
             )
 
 
-def _await(array: jax.Array) -> None:
+def _await(array: Any) -> None:
     """Waits in Python, where Ctrl-C is heard at once; a blocking read is deaf to it."""
     while not array.is_ready():
         time.sleep(0.002)

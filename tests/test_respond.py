@@ -16,7 +16,7 @@ LETTERS = Codec(
     lambda texts: [[ALPHABET.index(letter) for letter in text] for text in texts],
     lambda ids: "".join(ALPHABET[i] for i in ids),
     eos=(8,),
-    spelling=[letter.encode() for letter in ALPHABET],
+    spelling=lambda: [letter.encode() for letter in ALPHABET],
 )
 LM = table.language_model(order=2)
 PARAMS = table.init(jax.random.key(0), vocab=9, order=2, scale=2.0)

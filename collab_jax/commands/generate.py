@@ -1,0 +1,239 @@
+"""`collab-jax generate`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from collab_jax.commands import options
+
+if TYPE_CHECKING:
+    from collab_jax.decoder import Decoder
+    from collab_jax.respond import Codec
+
+
+@click.command()
+@options.source
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated."
+)
+@click.option(
+    "--input",
+    "input_file",
+    type=click.Path(),
+    metavar="FILE",
+    help='JSONL, each line an object with a "prompt".',
+)
+@click.option(
+    "--output",
+    type=click.Path(),
+    metavar="FILE",
+    help="JSONL of the results; a run that was cut short goes on from there.",
+)
+@options.text
+@options.sampling
+@click.option(
+    "--beams",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Beam search with N beams.",
+)
+@click.option(
+    "--length-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Beams are ranked by log-prob / length ** X.",
+)
+@options.dtype
+@options.batch_size
+@click.option("--stream", is_flag=True, help="Print each token as it comes.")
+@options.as_json
+def generate(
+    source: str,
+    prompts: tuple[str, ...],
+    input_file: str | None,
+    output: str | None,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    stops: tuple[str, ...],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int,
+    beams: int,
+    length_penalty: float,
+    dtype: str,
+    batch_size: int,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Continue prompts, or answer them with --chat. Greedy, unless told to sample.
+
+    \b
+    collab-jax generate gemma-3-270m --prompt "Once upon a time"
+    collab-jax generate smollm2-135m-instruct --chat --prompt "Name three rivers."
+    collab-jax generate gemma-3-270m --prompt Once --temperature 0.8 --top-p 0.95
+    collab-jax generate gemma-3-270m --input prompts.jsonl --output out.jsonl
+
+    With --json, stdout is a list of objects with "prompt", "prompt_tokens", "tokens"
+    and "text".
+    """
+    sampling = options.Sampling(temperature, top_k, top_p, min_p)
+    _agree(prompts, input_file, output, stream, as_json, beams, sampling, stops)
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat")
+    from collab_jax import records
+
+    if input_file is None:
+        texts = list(prompts)
+        lines: list[dict[str, Any]] = [{} for _ in texts]
+    else:
+        lines = records.read(input_file, ["prompt"], _with_text)
+        texts = [line["prompt"] for line in lines]
+
+    from collab_jax.commands.opening import open_source
+
+    opened = open_source(source, dtype, chat=chat, system=system)
+    settings = {
+        "source": source,
+        "model": opened.fingerprint(),
+        "dtype": dtype,
+        "chat": chat,
+        "system": system,
+        "max_new_tokens": max_new_tokens,
+        "stop": stops,
+        **sampling._asdict(),
+        "seed": seed,
+        "beams": beams,
+        "length_penalty": length_penalty,
+        "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+    }
+    journal = None
+    if output is not None:
+        journal = records.journal(output, settings, identity="prompts")
+    todo = [i for i in range(len(texts)) if journal is None or i not in journal.done]
+    if len(todo) < len(texts):
+        click.echo(f"{len(texts) - len(todo)} of {len(texts)} are done", err=True)
+
+    results: dict[int, dict[str, Any]] = {}
+    if todo:
+        from collab_jax.commands.strategy import Strategy, check_run, row_keys
+
+        chosen = [texts[i] for i in todo]
+        check_run(opened, chosen, max_new_tokens, batch_size, beams)
+        strategy = Strategy(sampling, max_new_tokens, stops, beams, length_penalty)
+        model = opened.load()
+        decoder = strategy.decoder(model.lm, opened.codec)
+        keys = row_keys(seed, todo)
+        if stream:
+            from collab_jax.commands.stream import print_streams
+
+            print_streams(opened.codec, model.params, decoder, chosen, stops, keys)
+            return
+
+        def keep(number: int, record: dict[str, Any]) -> None:
+            index = todo[number]
+            results[index] = {**lines[index], **record}
+            if journal is not None:
+                journal.append([{"index": index, **results[index]}])
+
+        _answer(
+            opened.codec, model.params, decoder, chosen, stops, keys, batch_size, keep
+        )
+    if journal is not None:
+        found = journal.finish()
+        click.echo(f"{len(found)} results in {output}", err=True)
+    else:
+        found = [results[i] for i in range(len(texts))]
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+    elif journal is None:
+        _show(found)
+
+
+def _agree(
+    prompts: Sequence[str],
+    input_file: str | None,
+    output: str | None,
+    stream: bool,
+    as_json: bool,
+    beams: int,
+    sampling: options.Sampling,
+    stops: Sequence[str],
+) -> None:
+    """Refuses flags that contradict each other."""
+    if bool(prompts) == (input_file is not None):
+        raise click.UsageError("give --prompt TEXT or --input FILE, one of them")
+    if (input_file is None) != (output is None):
+        raise click.UsageError("--input FILE and --output FILE go together")
+    if stream and (as_json or output is not None or beams > 1):
+        raise click.UsageError("--stream goes without --json, --output and --beams")
+    if beams > 1 and sampling.given:
+        raise click.UsageError(f"--beams goes without {', '.join(sampling.given)}")
+    if not all(stops):
+        raise click.UsageError("--stop wants a text that is not empty")
+
+
+def _with_text(record: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(record["prompt"], str):
+        raise ValueError(f'"prompt" must be a text, found {record["prompt"]!r}')
+    return record
+
+
+def _answer(
+    codec: "Codec",
+    params: Any,
+    decoder: "Decoder",
+    texts: Sequence[str],
+    stops: Sequence[str],
+    keys: Any,
+    batch_size: int,
+    keep: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Decodes all texts in batches, and says how fast."""
+    from collab_jax.commands.progress import progress
+    from collab_jax.respond import Cost, from_decoder
+
+    with progress("prompts", len(texts)) as advance:
+
+        def report(number, reply):
+            keep(
+                number,
+                {
+                    "prompt": texts[number],
+                    "prompt_tokens": reply.info.prompt_tokens,
+                    "tokens": reply.info.tokens,
+                    "text": reply.text,
+                    "logprob": reply.score,
+                    "finish": reply.info.finish,
+                },
+            )
+            advance()
+
+        ask = from_decoder(
+            decoder, params, codec, stops=stops, batch_size=batch_size, report=report
+        )
+        cost = sum((reply.cost for reply in ask(texts, keys)), Cost())
+    speed = cost.generated_tokens / cost.seconds
+    click.echo(
+        f"{cost.generated_tokens} tokens in {cost.seconds:.1f} s with compiling, "
+        f"{speed:.1f} a second",
+        err=True,
+    )
+
+
+def _show(found: Sequence[dict[str, Any]]) -> None:
+    from collab_jax.commands.stream import heading
+
+    for number, record in enumerate(found):
+        if len(found) > 1:
+            click.echo(heading(number, len(found), record["prompt"]))
+        click.echo(record["text"])

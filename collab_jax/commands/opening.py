@@ -1,0 +1,87 @@
+"""A model as the commands want it: what it is first, its parameters when asked for."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collab_jax.commands.plan import Plan
+    from collab_jax.io.load import Model
+    from collab_jax.models.config import Config
+    from collab_jax.respond import Codec
+
+
+class Opened(NamedTuple):
+    """A source that was found and understood; its parameters are not read yet."""
+
+    path: Path
+    config: "Config"
+    codec: "Codec"
+    dtype: Any  # None: as stored
+    load: Callable[[], "Model"]
+
+    def fingerprint(self) -> str:
+        """Changes when the files of the model change."""
+        files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        facts = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files
+            if file.is_file()
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def plan(self, rows: int, capacity: int, wide: int, read: int) -> "Plan":
+        """What a run of so many rows and slots needs of the memory."""
+        from collab_jax.commands.plan import plan
+
+        bytes_each = 4 if self.dtype is None else self.dtype.itemsize
+        return plan(
+            self.config,
+            bytes_each,
+            rows=rows,
+            capacity=capacity,
+            wide=wide,
+            read=read,
+        )
+
+
+def open_source(
+    source: str, dtype: str, chat: bool = False, system: str | None = None
+) -> Opened:
+    """Finds a model, downloading it where needed, and reads all but its parameters."""
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    from collab_jax.io import hub
+    from collab_jax.io.codec import codec
+    from collab_jax.io.load import load
+    from collab_jax.io.tokenizer import load_tokenizer
+    from collab_jax.models.config import from_hf
+
+    types = {"float32": np.float32, "bfloat16": bfloat16, "float16": np.float16}
+    kind = np.dtype(types[dtype]) if dtype in types else None
+    path = hub.fetch(source)
+    config = from_hf(json.loads((path / "config.json").read_text()))
+    return Opened(
+        path,
+        config,
+        codec(load_tokenizer(path), config.eos, chat=chat, system=system),
+        kind,
+        lambda: load(path, dtype=kind),
+    )
+
+
+def check_lengths(tokens: Sequence[Sequence[int]], config: "Config", new: int) -> None:
+    """Refuses texts that are longer than what the model was made for.
+
+    Raises:
+      ValueError: naming the text.
+    """
+    for i, ids in enumerate(tokens, 1):
+        if len(ids) + new > config.context:
+            raise ValueError(
+                f"text {i} has {len(ids)} tokens, and with {new} new ones exceeds the "
+                f"model's {config.context} positions: shorten it"
+            )

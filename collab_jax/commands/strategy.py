@@ -1,0 +1,66 @@
+"""The decoder that the flags ask for, its keys, and what it needs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from collab_jax import beam, decode, stop, warp
+from collab_jax.commands.opening import Opened, check_lengths
+from collab_jax.commands.options import Sampling
+from collab_jax.commands.plan import check
+from collab_jax.decoder import Decoder
+from collab_jax.lm import LM
+from collab_jax.respond import Codec, batches
+
+
+class Strategy(NamedTuple):
+    """How a text is continued."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stops: tuple[str, ...]
+    beams: int
+    length_penalty: float
+
+    def decoder(self, lm: LM, codec: Codec) -> Decoder:
+        """The decoder of an LM."""
+        automaton = None
+        if self.stops:
+            assert codec.spelling is not None
+            automaton = stop.automaton(self.stops, codec.spelling())
+        ends: dict[str, Any] = {"eos": codec.eos, "stop": automaton}
+        if self.beams > 1:
+            return beam.search(
+                lm,
+                self.max_new_tokens,
+                self.beams,
+                length_penalty=self.length_penalty,
+                **ends,
+            )
+        warps = self.sampling.warps()
+        if warps is None:
+            return decode.greedy(lm, self.max_new_tokens, **ends)
+        warped = warp.warp(lm, *warps) if warps else lm
+        return decode.sample(warped, self.max_new_tokens, **ends)
+
+
+def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
+    """The key of each text is that of its place among all, also where some are done."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    return fold(jax.random.key(seed), np.array(rows, np.uint32))
+
+
+def check_run(
+    opened: Opened, texts: Sequence[str], new: int, batch_size: int, beams: int
+) -> None:
+    """Refuses what cannot run, before the parameters are read; prints the plan."""
+    tokens = opened.codec.encode(texts)
+    check_lengths(tokens, opened.config, new)
+    first = batches([len(ids) for ids in tokens], batch_size)[0]
+    rows, capacity = first.size * beams, first.width + new
+    needs = opened.plan(rows, capacity, wide=min(first.width, 128), read=1)
+    if beams > 1:  # beams move by copying the cache
+        needs = needs._replace(cache=2 * needs.cache)
+    check(needs)
