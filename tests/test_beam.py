@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import naive_beam
 import numpy as np
 import pytest
 
@@ -30,50 +31,9 @@ def log_probs(params, text):
     return row - np.logaddexp.reduce(row)
 
 
-def naive(
-    params,
-    prompt,
-    beams,
-    penalty=1.0,
-    early=False,
-    eos=(),
-    ends=lambda new: False,
-    new_tokens=NEW,
-    *,
-    whole_length=False,
-    forgets_ended=False,
-):
-    """Beam search over lists of hypotheses; the flags make known mistakes."""
-    running, ended = [(0.0, [])], []
-    candidates = beams * max(2, 1 + len(eos))
-
-    def penalised(score, count):
-        return score / float(count + len(prompt) * whole_length) ** penalty
-
-    for count in range(1, new_tokens + 1):
-        grown = [
-            (score + step, [*text, token])
-            for score, text in running
-            for token, step in enumerate(log_probs(params, prompt + text))
-        ]
-        grown = sorted(grown, key=lambda one: -one[0])[:candidates]
-        over = [
-            text[-1] in eos or ends(text) or count == new_tokens for _, text in grown
-        ]
-        for (score, text), finished in list(zip(grown, over, strict=True))[:beams]:
-            if finished:
-                ended.append((penalised(score, count), text))
-        ended = sorted(ended, key=lambda one: -one[0])[:beams]
-        if forgets_ended and count < new_tokens:
-            ended = []
-        running = [one for one, o in zip(grown, over, strict=True) if not o][:beams]
-        if not running:
-            break
-        if len(ended) == beams:
-            reach = new_tokens if early is NEVER and penalty > 0 else count
-            if early is True or penalised(running[0][0], reach) <= ended[-1][0]:
-                break
-    return ended
+def naive(params, prompt, beams, penalty=1.0, early=False, eos=(), **rest):
+    read = functools.partial(log_probs, params)
+    return naive_beam.search(read, prompt, beams, NEW, penalty, early, eos, **rest)
 
 
 @functools.cache
