@@ -1,9 +1,9 @@
 """The bijection between the tensors of a checkpoint and the leaves of a params tree.
 
 A checkpoint keeps `[out, in]` matrices under the names of its authors, some of them
-fused (queries, keys and values in one), some split (one matrix an expert); a tree has
-`[in, out]` kernels, one leaf a matrix, experts stacked. A `Rule` translates tensors into
-leaves and back without loss. The order of the rules is the checkpoint's.
+fused (queries, keys and values in one), some split (one matrix an expert); a tree
+has `[in, out]` kernels, one leaf a matrix, experts stacked. A `Rule` translates tensors
+into leaves and back without loss. The order of the rules is the checkpoint's.
 
 numpy only: any type, bfloat16 through ml_dtypes included, passes unchanged.
 """

@@ -1,6 +1,8 @@
 """Routed experts without dropping: every token is read by exactly its chosen experts.
 
-What a token becomes depends on that token alone, whatever else is in the batch.
+What a token becomes depends on that token alone, whatever else is in the batch. A form
+that sorts tokens by expert (`jax.lax.ragged_dot`) takes 1.5 to 4 times as long as the
+dense one on CPU, and cannot be vmapped over stacked members.
 
 Shapes: B rows, T tokens of this call, N = B T tokens, E experts, A active experts of a
 token, W width, F width inside an expert.
@@ -76,12 +78,12 @@ def mix_dense(
     count = experts.gate.shape[0]
     share = jnp.zeros((x.shape[0], count), weights.dtype)
     share = share.at[jnp.arange(x.shape[0])[:, None], chosen].set(weights)
+    share = share.T[:, :, None].astype(x.dtype)  # [E, N, 1]
     gate = jnp.einsum("nw,ewf->enf", x, experts.gate.astype(x.dtype))
     up = jnp.einsum("nw,ewf->enf", x, experts.up.astype(x.dtype))
-    out = jnp.einsum(
-        "enf,efw->enw", activation(gate) * up, experts.down.astype(x.dtype)
-    )
-    return jnp.einsum("enw,ne->nw", out, share.astype(out.dtype))
+    # an overflow in an expert that was not chosen must not reach the token
+    hidden = jnp.where(share > 0, share * activation(gate) * up, 0)
+    return jnp.einsum("enf,efw->nw", hidden, experts.down.astype(x.dtype))
 
 
 def mix_gathered(

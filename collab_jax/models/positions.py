@@ -243,7 +243,7 @@ def kinds_of(windows: tuple[int | None, ...]) -> tuple[str, ...]:
 
 def write_all(
     family: str,
-    rotary: tuple[Rotary, ...],
+    rotary: tuple[Rotary | None, ...],
     windows: tuple[int | None, ...],
     context: int,
 ) -> dict[str, Any]:
@@ -276,12 +276,14 @@ def write_all(
     return keys
 
 
-def write(rotary: Rotary) -> dict[str, Any]:
+def write(rotary: Rotary | None) -> dict[str, Any]:
     """The `rope_parameters` of transformers 5 for one rotary embedding.
 
     >>> write(Rotary(base=500.0))
     {'rope_theta': 500.0, 'rope_type': 'default'}
     """
+    if rotary is None:
+        return {}
     values: dict[str, Any] = {"rope_theta": rotary.base, "rope_type": "default"}
     if rotary.fraction != 1.0:
         values["partial_rotary_factor"] = rotary.fraction

@@ -65,6 +65,7 @@ class Block(nn.Module):
         """Declares the sub-layers and norms."""
         c = self.config
         self.attention = attention.Attention(c, self.dtype)
+        self.mlp: nn.Module
         if c.sparse[self.index]:
             self.mlp = Mixture(
                 c.width,
@@ -146,10 +147,10 @@ class Decoder(nn.Module):
         caches = []
         for i, block in enumerate(self.layers):
             cache = None if state is None else (state.k[i], state.v[i])
+            rotary = c.rotary[i]
+            angles = None if rotary is None else turns[rotary]
             with jax.named_scope(f"layer_{i}"):
-                x, cache, weights = block(
-                    x, cache, length, masks[c.windows[i]], turns.get(c.rotary[i])
-                )
+                x, cache, weights = block(x, cache, length, masks[c.windows[i]], angles)
             caches.append(cache)
             seen[f"hidden.{i + 1}"] = x
             if f"attention.{i + 1}" in taps:
