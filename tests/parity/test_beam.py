@@ -1,6 +1,9 @@
 """Beam search against that of torch transformers, prompt by prompt."""
 
 import functools
+import json
+import sys
+from pathlib import Path
 
 import families
 import jax
@@ -142,3 +145,53 @@ def test_twenty_prompts(tmp_path, one_thread):
     assert max(r["score_gap"] for r in records if r["best_equal"]) < 1e-4
     short = sum(r["new_tokens"] < 10 for r in records)
     assert short > 10, "no beam ended early: the test would not see its rules"
+
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "Q: What is 17 + 25?\nA:",
+    "The three primary colours are",
+    "import numpy as np\n\ndef softmax(x):\n",
+    "In 1969, the first human beings",
+    "Die Hauptstadt von Deutschland ist",
+    "La vie est belle quand",
+    "El perro corre por el",
+    "日本の首都は",
+    "Столица России",
+    "To make bread you need flour,",
+    "SELECT name, age FROM users WHERE",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The theory of evolution explains how",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "A",
+    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+def smollm2():
+    """The records of 20 prompts on the real model; about ten minutes on two cores."""
+    from collab_jax.io import hub, load
+
+    source = "smollm2-135m-instruct"
+    loaded = load.load(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        hub.fetch(source), dtype=torch.float32
+    ).eval()
+    prompts = loaded.tokenizer(PROMPTS)["input_ids"]
+    eos = (loaded.tokenizer.eos_token_id,)
+    knobs = (0.0, 1.0, 2.0), (False, True)
+    return compare(model, loaded.lm, loaded.params, prompts, 32, *knobs, eos)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_smollm2():
+    undecided = [record for record in smollm2() if not record["all_equal"]]
+    assert all(record["margin"] < MARGIN for record in undecided), undecided
+
+
+if __name__ == "__main__":  # python tests/parity/test_beam.py FILE.json
+    Path(sys.argv[1]).write_text(json.dumps(smollm2(), indent=1) + "\n")
