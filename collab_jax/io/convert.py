@@ -1,0 +1,80 @@
+"""A GGUF file as a folder in the layout of Hugging Face."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from collab_jax.io import gguf_names, names, safetensors, tokenizer
+from collab_jax.io.gguf import Gguf
+from collab_jax.io.safetensors import Checkpoint, Layout
+from collab_jax.models.config import Config, from_hf
+
+
+def describe(file: Gguf, folder: Path) -> None:
+    """Writes config.json, generation_config.json and the tokenizer of a GGUF file.
+
+    Args:
+      file: opened.
+      folder: exists.
+    """
+    raw = gguf_names.config_dict(file)
+    from_hf(raw)  # raises where the model is not supported
+    write_json(folder / "config.json", architectures(raw) | {"dtype": "float32"})
+    ends = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(
+        folder / "generation_config.json",
+        {key: token for key, token in ends.items() if token is not None},
+    )
+    tokenizer.from_gguf(file).save_pretrained(folder)
+
+
+def canonical_checkpoint(file: Gguf, config: Config) -> Checkpoint:
+    """The tensors of a GGUF file under the checkpoint's names.
+
+    Args:
+      file: opened.
+      config: of the model in it.
+    """
+    wanted = tuple(name for rule in names.rules(config) for name in rule.names)
+    return gguf_names.checkpoint(file, wanted, gguf_names.config_dict(file))
+
+
+def to_safetensors(file: Gguf, folder: Path) -> None:
+    """Writes a GGUF file as a folder that transformers loads, the weights in float32.
+
+    Args:
+      file: opened.
+      folder: exists.
+    """
+    describe(file, folder)
+    config = from_hf(gguf_names.config_dict(file))
+    source = canonical_checkpoint(file, config)
+    float32 = np.dtype(np.float32)
+    layouts = {
+        name: Layout(float32, source.layouts[name].shape)
+        for rule in names.rules(config)
+        for name in rule.names
+    }
+    tensors = (np.asarray(source.read(name), float32) for name in layouts)
+    safetensors.write(folder / "model.safetensors", layouts, tensors)
+
+
+def architectures(raw: dict) -> dict:
+    """A config.json with the name of the class that transformers loads it with."""
+    classes = {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "gemma2": "Gemma2ForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "phi3": "Phi3ForCausalLM",
+        "gpt2": "GPT2LMHeadModel",
+    }
+    return {"architectures": [classes[raw["model_type"]]], **raw}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes one JSON file, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

