@@ -102,7 +102,7 @@ def automaton(strings: Sequence[str], token_bytes: Sequence[bytes]) -> Stop:
     result = np.tile(states[:, None], (1, len(token_bytes)))
     for width in np.unique(size[size > 0]):  # tokens of one width are walked together
         ids = np.flatnonzero(size == width)
-        block = np.frombuffer(b"".join(token_bytes[i] for i in ids), np.uint8)
+        block = np.frombuffer(b"".join(token_bytes[i] for i in ids.tolist()), np.uint8)
         at = np.tile(states[:, None], (1, len(ids)))
         for column in block.reshape(len(ids), width).T:
             at = table[at, column]
