@@ -113,7 +113,8 @@ def language_model(backbone: Backbone) -> LM:
     >>> from collab_jax.models.transformer import init, transformer
     >>> config = from_hf({"model_type": "llama", "vocab_size": 10, "hidden_size": 8,
     ...     "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
-    >>> lm, params = language_model(transformer(config)), init(jax.random.key(0), config)
+    >>> params = init(jax.random.key(0), config)
+    >>> lm = language_model(transformer(config))
     >>> out, _ = lm.extend(params, lm.init(params, 1, 4), jnp.array([[1, 2, 3]]))
     >>> out.logits.shape
     (1, 3, 10)
