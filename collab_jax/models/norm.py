@@ -13,7 +13,9 @@ from collab_jax.models.config import Config
 from collab_jax.models.linear import leaf
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0):
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0
+) -> jax.Array:
     """`y = x / sqrt(mean(x^2) + eps) * (offset + scale)` (arXiv:1910.07467).
 
     Args:
@@ -33,7 +35,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0):
     return (wide * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float):
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> jax.Array:
     """`y = (x - mean) / sqrt(var + eps) * scale + bias` (arXiv:1607.06450).
 
     Args:
