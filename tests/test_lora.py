@@ -9,13 +9,12 @@ from collab_jax import combine, pool, tree
 from collab_jax.lm import language_model
 from collab_jax.models import lora, transformer
 from collab_jax.models.config import from_hf
-from collab_jax.testing import check_lm
 
 CONFIG = from_hf(
     {
         "model_type": "llama",
         "vocab_size": 19,
-        "hidden_size": 12,
+        "hidden_size": 16,
         "intermediate_size": 20,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -109,8 +108,20 @@ def test_experts_over_one_base_in_one_decode():
     np.testing.assert_allclose(jax.nn.log_softmax(got), want, atol=2e-5)
 
 
-def test_an_adapted_lm_obeys_the_laws():
-    check_lm(lora.adapted(LM, 0.5), (PARAMS, random_adapter(8)), 19)
+def test_all_six_verbs_run_on_the_adapted_parameters():
+    adapter, lm = random_adapter(8), lora.adapted(LM, 0.5)
+    parents = jnp.array([[-1, 0, 0], [-1, -1, 1]])
+
+    def story(lm, params):
+        _, state = lm.extend(params, lm.init(params, 2, 12), TOKENS)
+        state = lm.take(lm.rewind(state, jnp.array([3, 1])), jnp.array([1, 0]))
+        out, state = lm.branch(params, state, TOKENS[:, :3], parents)
+        state = lm.prune(state, jnp.array([[0, 2], [1, 2]]), jnp.array([2, 1]))
+        return out.logits, lm.extend(params, state, TOKENS[:, :1])[0].logits
+
+    got = story(lm, (PARAMS, adapter))
+    want = story(LM, lora.apply(PARAMS, adapter, 0.5))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +148,6 @@ def test_an_adapter_of_another_model_is_refused():
     adapter = random_adapter(3)
     with pytest.raises(ValueError, match="layers_2, which the model has not"):
         lora.apply(PARAMS, {"layers_2": adapter["layers_1"]}, 1.0)
-    q = {"kernel": {"a": jnp.zeros((5, 2)), "b": jnp.zeros((2, 12))}}
+    q = {"kernel": {"a": jnp.zeros((5, 2)), "b": jnp.zeros((2, 16))}}
     with pytest.raises(ValueError, match="do not fit the kernel"):
         lora.apply(PARAMS, {"layers_0": {"attention": {"q": q}}}, 1.0)

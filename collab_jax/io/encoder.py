@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from collab_jax.io.encoder_names import prefix, rules
 from collab_jax.io.hub import fetch
+from collab_jax.io.safetensors import Checkpoint, missing, open_folder
 from collab_jax.models.encoder import Encoder, encoder, first_token, mean_of_tokens
 from collab_jax.models.encoder_config import EncoderConfig, from_hf
 
@@ -49,18 +49,10 @@ def load_encoder(
     """
     folder = Path(fetch(source))
     config = from_hf(_read_json(folder / "config.json"))
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        raise FileNotFoundError(f"{weights} is missing: an encoder's weights lie there")
-    try:
-        with safe_open(weights, framework="np") as file:
-            start = prefix(file.keys())
-            config = _with_pooler(config, start + POOLER in file.keys())  # noqa: SIM118
-            params = _read(config, start, file, dtype)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is not a whole safetensors file ({error}); fetch it again"
-        ) from error
+    file = open_folder(folder)
+    start = prefix(file.layouts)
+    config = _with_pooler(config, start + POOLER in file.layouts)
+    params = _read(config, start, file, dtype)
     pool, normalise, longest = _sentence_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = min(config.capacity, longest or config.capacity)
@@ -120,19 +112,21 @@ def _with_pooler(config: EncoderConfig, pooler: bool) -> EncoderConfig:
     return EncoderConfig(**{**vars(config), "pooler": pooler})
 
 
-def _read(config: EncoderConfig, start: str, file: Any, dtype: Any) -> dict[str, Any]:
+def _read(
+    config: EncoderConfig, start: str, file: Checkpoint, dtype: Any
+) -> dict[str, Any]:
     """The params tree, one leaf in memory twice at a time."""
-    have, params = set(file.keys()), {}
+    params: dict[str, Any] = {}
     for rule in rules(config):
         tensors = []
         for name, shape in zip(rule.names, rule.shapes, strict=True):
-            if start + name not in have:
-                raise ValueError(f"tensor {start + name!r} of shape {shape} is missing")
-            tensor = file.get_tensor(start + name)
+            if start + name not in file.layouts:
+                raise missing(start + name, file.layouts)
+            tensor = file.read(start + name)
             if tensor.shape != shape:
                 raise ValueError(
                     f"tensor {start + name!r} has shape {tensor.shape}, config.json "
-                    f"asks for {shape}"
+                    f"implies {shape}"
                 )
             tensors.append(tensor)
         for path, array in zip(rule.paths, rule.load(tensors), strict=True):
