@@ -56,6 +56,8 @@ def from_gguf(file: Gguf) -> Any:
     }
     if "ggml.tokens" not in stated:
         raise ValueError(f"{file.path} states no vocabulary (tokenizer.ggml.tokens)")
+    if not {"ggml.merges", "ggml.scores"} & stated.keys():
+        raise ValueError(f"{file.path} states neither merges nor scores of its tokens")
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
     fields = {ours: stated[key] for key, ours in names.items() if key in stated}
     backend, _ = convert_gguf_tokenizer(file.metadata["general.architecture"], fields)
