@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf_files import llama_file
 
 from collab_jax.io import gguf, gguf_names
 from collab_jax.io.load import load, read_config
-from gguf_files import llama_file
 
 KINDS = ["Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"]
 
@@ -110,11 +110,15 @@ def test_unknown_type_and_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="tensor x in .* has the type I32; known are F32"):
+    with pytest.raises(
+        ValueError, match="tensor x in .* has the type I32; known are F32"
+    ):
         gguf.open_file(tmp_path / "a.gguf")
     metadata = {"general.architecture": "rwkv7"}
     file = gguf.Gguf(tmp_path / "a.gguf", metadata, {})
-    with pytest.raises(ValueError, match="unknown architecture 'rwkv7' .* gemma2, gemma3"):
+    with pytest.raises(
+        ValueError, match="unknown architecture 'rwkv7' .* gemma2, gemma3"
+    ):
         gguf_names.config_dict(file)
 
 

@@ -11,6 +11,8 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as orbax
 
+from collab_jax.tree import path_string
+
 
 def save_checkpoint(path: str | Path, tree: Any) -> None:
     """Writes a tree of arrays; the folder appears whole or not at all.
@@ -51,9 +53,10 @@ def load_checkpoint(path: str | Path, like: Any = None) -> Any:
     path = Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist")
-    if not orbax.is_orbax_checkpoint(path):
-        raise ValueError(f"{path} is no orbax checkpoint")
-    saved = orbax.metadata(path).metadata
+    try:
+        saved = orbax.metadata(path).metadata
+    except (ValueError, orbax.errors.InvalidLayoutError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is no orbax checkpoint: {error}") from None
     here = SingleDeviceSharding(jax.devices()[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -78,7 +81,4 @@ def load_checkpoint(path: str | Path, like: Any = None) -> Any:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p): tuple(leaf.shape)
-        for p, leaf in leaves
-    }
+    return {path_string(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -27,7 +27,20 @@ PLAIN = {
 }
 QUANTISED = tuple(
     GGMLQuantizationType[name]
-    for name in "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+    for name in [
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+    ]
 )
 
 _SCALARS = dict(zip((0, 1, 7, 2, 3, 4, 5, 6, 10, 11, 12), "Bb?HhIifQqd", strict=True))
@@ -115,7 +128,9 @@ def open_file(path: str | Path) -> Gguf:
     for name, kind, shape, offset in table:
         tensor = Tensor(kind, shape, origin + offset, _bytes(path, name, kind, shape))
         if tensor.start + tensor.size > size:
-            raise _cut(path, size, f"tensor {name}, to byte {tensor.start + tensor.size}")
+            raise _cut(
+                path, size, f"tensor {name}, to byte {tensor.start + tensor.size}"
+            )
         tensors[name] = tensor
     return Gguf(path, metadata, tensors)
 

@@ -93,7 +93,9 @@ def config_dict(file: Gguf) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": stated.get("attention.head_count_kv", heads),
         "rms_norm_eps": size("attention.layer_norm_rms_epsilon"),
-        "head_dim": stated.get("attention.key_length", size("embedding_length") // heads),
+        "head_dim": stated.get(
+            "attention.key_length", size("embedding_length") // heads
+        ),
     }
     if "feed_forward_length" in stated:
         raw["intermediate_size"] = stated["feed_forward_length"]
@@ -137,7 +139,9 @@ def _scaling(file: Gguf, family: str, stated: dict[str, Any]) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors:
         return {"rope_scaling": _llama3(file, stated)}
     if any(name.startswith("rope_factors") for name in file.tensors):
-        raise ValueError(f"{file.path} scales positions by LongRoPE, not supported here")
+        raise ValueError(
+            f"{file.path} scales positions by LongRoPE, not supported here"
+        )
     if kind == "none":
         return {}
     if kind == "linear":

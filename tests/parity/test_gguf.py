@@ -75,7 +75,9 @@ def test_real_files(name):
     model, torch_model = load(path), reference(path)
     compare_tensors(model, torch_model)
     for text in TEXTS:
-        assert compare_logits(model, torch_model, model.tokenizer(text).input_ids) < 1e-4
+        assert (
+            compare_logits(model, torch_model, model.tokenizer(text).input_ids) < 1e-4
+        )
 
 
 @pytest.mark.real
