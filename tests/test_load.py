@@ -102,7 +102,7 @@ def test_orbax_errors_are_one_line(tmp_path):
     wrong = {"a": {"b": jnp.ones((3, 3))}}
     with pytest.raises(ValueError, match=r"a/b as \(2, 3\), expected was \(3, 3\)"):
         checkpoint.load_checkpoint(tmp_path / "a", wrong)
-    with pytest.raises(ValueError, match="holds c as nothing|holds a/b"):
+    with pytest.raises(ValueError, match=r"holds c as nothing|holds a/b"):
         checkpoint.load_checkpoint(tmp_path / "a", {"c": jnp.ones(2)})
     with pytest.raises(ValueError, match="exists"):
         checkpoint.save_checkpoint(tmp_path / "a", params)
@@ -160,7 +160,7 @@ DAMAGE = {
     "wrong shape": (
         lambda f: edit_config(f, intermediate_size=25),
         ValueError,
-        r"gate_proj.weight in .* has the shape \[24, 16\], config.json implies \[25, 16\]",
+        r"gate_proj.weight in .* the shape \[24, 16\], config.json implies \[25, 16\]",
     ),
     "missing tensor": (
         lambda f: rewrite(f, lambda t: {k: v for k, v in t.items() if k != NORM}),
@@ -216,9 +216,7 @@ def test_unknown_type_in_a_header(tmp_path):
     text = json.dumps(header).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"0")
-    with pytest.raises(
-        ValueError, match="tensor x in .* has the unknown type F4; known"
-    ):
+    with pytest.raises(ValueError, match=r"tensor x in .* the unknown type F4; known"):
         disk.open_file(path)
 
 
@@ -226,9 +224,7 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch):
     first = model()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match="is not empty: a model is saved to a new folder"
-    ):
+    with pytest.raises(ValueError, match="is not empty: a model is saved to a new"):
         save(first, tmp_path / "full")
     lacking = {k: v for k, v in first.params.items() if k != "norm"}
     with pytest.raises(ValueError, match="params lack norm/scale"):

@@ -154,7 +154,7 @@ def _bytes(path: Path, name: str, kind: GGMLQuantizationType, shape) -> int:
 def _header(
     path: Path, data: mmap.mmap
 ) -> tuple[dict[str, Any], Sequence[tuple[str, GGMLQuantizationType, tuple, int]], int]:
-    """Metadata, (name, type, shape, offset) of the tensors, and where the table ends."""
+    """Metadata, (name, type, shape, offset) of the tensors, where the table ends."""
     version, tensor_count, pair_count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise ValueError(f"{path} is GGUF version {version}; known are 2 and 3")
@@ -175,8 +175,8 @@ def _header(
         if kind not in known:
             names = {t.value: t.name for t in GGMLQuantizationType}
             raise ValueError(
-                f"tensor {name} in {path} has the type {names.get(kind, kind)}; known are "
-                + ", ".join(t.name for t in known)
+                f"tensor {name} in {path} has the type {names.get(kind, kind)}; known "
+                "are " + ", ".join(t.name for t in known)
             )
         table.append((name, GGMLQuantizationType(kind), shape, offset))
     return metadata, table, cursor.position

@@ -1,8 +1,8 @@
 """What a GGUF file says about a model, in the words of config.json and its checkpoint.
 
-llama.cpp renames every tensor and changes some: it interleaves the rows of Llama's query
-and key matrices, stores Gemma's norms as `1 + w`, transposes GPT-2, and stacks experts.
-Everything is undone here.
+llama.cpp renames every tensor and changes some: it interleaves the rows of Llama's
+query and key matrices, stores Gemma's norms as `1 + w`, transposes GPT-2, and stacks
+experts. Everything is undone here.
 """
 
 import re
@@ -188,7 +188,7 @@ def checkpoint(file: Gguf, names: tuple[str, ...], raw: dict[str, Any]) -> Check
       a tensor that no name asks for stands in it under its name in the file.
     """
     source = file.checkpoint()
-    layers = raw.get("num_hidden_layers", raw.get("n_layer"))
+    layers = raw["n_layer"] if "n_layer" in raw else raw["num_hidden_layers"]
     codes = {name: code for code, name in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(codes[file.metadata["general.architecture"]], layers)
     layouts: dict[str, Layout] = {}

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, a short name, or the Hugging Face Hub.
+"""Where a model comes from: a folder, a GGUF file, a short name, the Hugging Face Hub.
 
 Whatever the source, the result is a folder in the layout of Hugging Face.
 """
@@ -45,7 +45,7 @@ def fetch(source: str | Path) -> Path:
 
     Args:
       source: a folder in the Hugging Face layout; a .gguf file; a short name of
-        `MODELS`; or `org/name` on the Hugging Face Hub. What exists on disk comes first.
+        `MODELS`; or `org/name` on the Hugging Face Hub. What is on disk comes first.
 
     Returns:
       A folder with config.json, a tokenizer, and weights. For a .gguf file it is one in

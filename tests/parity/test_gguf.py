@@ -1,4 +1,4 @@
-"""GGUF files against transformers' own reading of them, tensor by tensor and by logits."""
+"""GGUF files as transformers itself reads them, tensor by tensor and by logits."""
 
 from pathlib import Path
 
