@@ -64,6 +64,16 @@ def _check(name: str, value, low: float, high: float = float("inf"), open_low=Tr
         )
 
 
+def _on_allowed(function):
+    """Leaves -inf as it is: scaling it would give the scale a slope of NaN."""
+
+    def apply(logits):
+        absent = jnp.isneginf(logits)
+        return jnp.where(absent, -jnp.inf, function(jnp.where(absent, 0.0, logits)))
+
+    return apply
+
+
 def temperature(t):
     """Divides the logits: `p[v]` proportional to `p[v] ** (1 / t)`.
 
@@ -74,7 +84,7 @@ def temperature(t):
     [[[2.0, 4.0]]]
     """
     _check("temperature", t, 0)
-    return lambda logits: logits / t
+    return _on_allowed(lambda logits: logits / t)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -209,7 +219,8 @@ def repetition_penalty(r) -> Warp:
 
     def apply(logits, history):
         seen = history.counts(logits.shape[-1]) > 0
-        return jnp.where(seen, jnp.where(logits > 0, logits / r, logits * r), logits)
+        scale = _on_allowed(lambda z: jnp.where(z > 0, z / r, z * r))
+        return jnp.where(seen, scale(logits), logits)
 
     return Warp(apply)
 
