@@ -1,5 +1,8 @@
 """`collab-jax pull` and `collab-jax models`."""
 
+import json
+import os
+
 import click
 
 from collab_jax.commands import options
@@ -15,6 +18,7 @@ def pull(name: str) -> None:
     \b
     collab-jax pull smollm2-135m-instruct
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from collab_jax.io import hub
 
     click.echo(hub.fetch(name))
@@ -29,3 +33,26 @@ def models(as_json: bool) -> None:
     collab-jax models
     collab-jax models --json
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from collab_jax.io import hub
+
+    rows = [
+        {
+            "name": name,
+            "about": source.about,
+            "licence": source.licence,
+            "size": f"{source.megabytes} MB",
+            "pulled": hub.folder(name).is_dir(),
+            "path": str(hub.folder(name)),
+        }
+        for name, source in hub.MODELS.items()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for row in rows:
+        click.secho(row["name"], bold=True)
+        click.echo(f"  {row['about']}")
+        click.echo(f"  licence: {row['licence']}")
+        state = f"pulled, in {row['path']}" if row["pulled"] else "not pulled"
+        click.echo(f"  {row['size']} to download, {state}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,19 +52,24 @@ def open_source(
     source: str, dtype: str, chat: bool = False, system: str | None = None
 ) -> Opened:
     """Finds a model, downloading it where needed, and reads all but its parameters."""
+    # transformers would warn that torch is missing, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
     import numpy as np
     from ml_dtypes import bfloat16
 
     from collab_jax.io import hub
     from collab_jax.io.codec import codec
-    from collab_jax.io.load import load
+    from collab_jax.io.load import load, read_config
     from collab_jax.io.tokenizer import load_tokenizer
-    from collab_jax.models.config import from_hf
 
+    if not jax.config.jax_compilation_cache_dir:
+        # the second command with the same shapes finds its program compiled
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache() / "programs"))
     types = {"float32": np.float32, "bfloat16": bfloat16, "float16": np.float16}
     kind = np.dtype(types[dtype]) if dtype in types else None
     path = hub.fetch(source)
-    config = from_hf(json.loads((path / "config.json").read_text()))
+    config = read_config(path)
     return Opened(
         path,
         config,

@@ -17,6 +17,8 @@ def codec(
 ) -> Codec:
     """How texts become tokens and tokens become text, for responders and evaluation.
 
+    An empty text becomes the start token, or the end token where there is no start.
+
     Args:
       tokenizer: of `load`, `model.tokenizer`.
       eos: tokens that end a text beside the tokenizer's own, `model.config.eos`.
@@ -44,4 +46,8 @@ def codec(
 
 
 def _encode(tokenizer: Any, chat: bool, system: str | None, prompts: Sequence[str]):
-    return texts.encode(tokenizer, list(prompts), chat=chat, system=system)
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    empty = [] if start is None else [start]
+    found = texts.encode(tokenizer, list(prompts), chat=chat, system=system)
+    return [list(ids) or empty for ids in found]
