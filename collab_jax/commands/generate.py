@@ -154,7 +154,8 @@ def generate(
     else:
         found = [results[i] for i in range(len(texts))]
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+        rows = [json.dumps(record, ensure_ascii=False) for record in found]
+        click.echo("[" + ",\n ".join(rows) + "]")
     elif journal is None:
         _show(found)
 

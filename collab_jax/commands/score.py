@@ -51,7 +51,8 @@ def score(
             )
     found = _scores(opened, texts, tokens, batch_size)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+        rows = [json.dumps(record, ensure_ascii=False) for record in found]
+        click.echo("[" + ",\n ".join(rows) + "]")
     else:
         for number, record in enumerate(found):
             _print(number, record)
