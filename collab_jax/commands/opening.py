@@ -63,7 +63,7 @@ def open_source(
     from collab_jax.io.load import load, read_config
     from collab_jax.io.tokenizer import load_tokenizer
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         # the second command with the same shapes finds its program compiled
         jax.config.update("jax_compilation_cache_dir", str(hub.cache() / "programs"))
     types = {"float32": np.float32, "bfloat16": bfloat16, "float16": np.float16}
