@@ -48,13 +48,29 @@ class Opened(NamedTuple):
         )
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, so that a second command finds them.
+
+    >>> keep_programs()
+    >>> import jax
+    >>> jax.config.jax_compilation_cache_dir is not None
+    True
+    """
+    # transformers would warn that torch is missing, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
+
+    from collab_jax.io import hub
+
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache() / "programs"))
+
+
 def open_source(
     source: str, dtype: str, chat: bool = False, system: str | None = None
 ) -> Opened:
     """Finds a model, downloading it where needed, and reads all but its parameters."""
-    # transformers would warn that torch is missing, which nothing here needs
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import jax
+    keep_programs()
     import numpy as np
     from ml_dtypes import bfloat16
 
@@ -63,9 +79,6 @@ def open_source(
     from collab_jax.io.load import load, read_config
     from collab_jax.io.tokenizer import load_tokenizer
 
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        # the second command with the same shapes finds its program compiled
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache() / "programs"))
     types = {"float32": np.float32, "bfloat16": bfloat16, "float16": np.float16}
     kind = np.dtype(types[dtype]) if dtype in types else None
     path = hub.fetch(source)
