@@ -1,7 +1,7 @@
 """The tour of collaboration on two real models (also `collab-jax demo`).
 
-Claim: models are joined in parameters, in distributions and by prompts with the same few
-pieces, each in one compiled program, and each join passes an exact check.
+Claim: models are joined in parameters, in distributions and by prompts with the same
+few pieces, each in one compiled program, and each join passes an exact check.
 Command: python experiments/quickstart.py [--smoke] [--output results.json]
 Hardware: two CPU cores, 4 GiB; under three minutes after the downloads (`--smoke`:
 seconds, random toy models, no downloads).

@@ -51,10 +51,12 @@ class Opened(NamedTuple):
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that a second command finds them.
 
-    >>> keep_programs()
     >>> import jax
-    >>> jax.config.jax_compilation_cache_dir is not None
+    >>> before = jax.config.jax_compilation_cache_dir
+    >>> keep_programs()
+    >>> bool(jax.config.jax_compilation_cache_dir)
     True
+    >>> jax.config.update("jax_compilation_cache_dir", before)
     """
     # transformers would warn that torch is missing, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
