@@ -58,12 +58,8 @@ class Row(NamedTuple):
     held: bool
 
 
-def real_voices() -> list[Voice]:
-    """SmolLM2-135M-Instruct and Gemma-3-270M; the first use downloads them.
-
-    >>> real_voices.__name__
-    'real_voices'
-    """
+def _real_voices() -> list[Voice]:
+    """SmolLM2-135M-Instruct and Gemma-3-270M; the first use downloads them."""
     from collab_jax.io.codec import codec
     from collab_jax.io.load import load
 
@@ -86,12 +82,8 @@ def real_voices() -> list[Voice]:
     return voices
 
 
-def toy_voices() -> list[Voice]:
-    """Two random byte-level transformers, for a quick run without downloads.
-
-    >>> [voice.name for voice in toy_voices()]
-    ['toy llama', 'toy gemma']
-    """
+def _toy_voices() -> list[Voice]:
+    """Two random byte-level transformers, for a quick run without downloads."""
     from collab_jax.models.config import from_hf
     from collab_jax.models.transformer import init, transformer
 
@@ -122,7 +114,7 @@ def toy_voices() -> list[Voice]:
     return voices
 
 
-def train_variant(voice: Voice, steps: int, progress: bool) -> tuple[Params, list]:
+def _train_variant(voice: Voice, steps: int, progress: bool) -> tuple[Params, list]:
     """A LoRA adapter of the voice, trained to answer as the teacher's sentences do.
 
     Args:
@@ -132,10 +124,6 @@ def train_variant(voice: Voice, steps: int, progress: bool) -> tuple[Params, lis
 
     Returns:
       The adapter, and the loss before each step.
-
-    >>> adapter, history = train_variant(toy_voices()[0], 2, progress=False)
-    >>> len(history)
-    2
     """
     prompts = voice.encode(["Say something."] * len(TEACHER))
     answers = voice.encode(TEACHER)
@@ -203,7 +191,7 @@ def _text(voice: Voice, result: decode.Sequences, row: int = 0) -> str:
     return " ".join(voice.spell(kept).split())
 
 
-def tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[Row]:
+def _tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[Row]:
     """Runs every strategy and its check.
 
     Args:
@@ -214,10 +202,6 @@ def tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[R
 
     Returns:
       One Row a strategy.
-
-    >>> rows = tour(toy_voices(), 4, 2, say=lambda line: None)
-    >>> all(row.held for row in rows)
-    True
     """
     voice, other = voices
     lm, params, eos = voice.lm, voice.params, voice.eos
@@ -255,7 +239,7 @@ def tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[R
     show("sampling: T 0.7, p 0.9", voice, outcome, "resumed half-way = one run", held)
 
     say("training a LoRA variant")
-    adapter, history = train_variant(voice, steps, progress=False)
+    adapter, history = _train_variant(voice, steps, progress=False)
     variant = lora.adapted(lm, SCALE)
     outcome = _program(variant, new, eos)((params, adapter), prompts)
     check = f"loss {history[0]:.2f} -> {history[-1]:.2f} nats"
@@ -347,9 +331,9 @@ def main(
     console = Console(stderr=True)
     began = time.perf_counter()
     with console.status("loading the models") as status:
-        voices = toy_voices() if smoke else real_voices()
+        voices = _toy_voices() if smoke else _real_voices()
         loaded = time.perf_counter() - began
-        rows = tour(voices, new_tokens, steps, lambda line: status.update(line))
+        rows = _tour(voices, new_tokens, steps, lambda line: status.update(line))
     report: dict[str, Any] = {
         "models": [voice.name for voice in voices],
         "device": jax.devices()[0].device_kind,
