@@ -330,8 +330,16 @@ def search(
 
 
 def _move(lm: LM, state, parent: jax.Array):
-    """Gathers the rows of the parents `[B, K]`; no copy where all of them stay."""
+    """Gathers the rows of the parents `[B, K]`; no copy where all of them stay.
+
+    A loop of no or one trip: XLA on CPU copies the whole cache through a `cond` whose
+    first branch is the identity, though nothing moves.
+    """
     batch, beams = parent.shape
-    stay = (parent == jnp.arange(beams)).all()
     rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
-    return jax.lax.cond(stay, lambda s: s, lambda s: lm.take(s, rows), state)
+
+    def gather(carry):
+        return jnp.zeros((), bool), lm.take(carry[1], rows)
+
+    moved = (parent != jnp.arange(beams)).any()
+    return jax.lax.while_loop(lambda carry: carry[0], gather, (moved, state))[1]
