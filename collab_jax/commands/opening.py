@@ -71,7 +71,25 @@ def keep_programs() -> None:
 def open_source(
     source: str, dtype: str, chat: bool = False, system: str | None = None
 ) -> Opened:
-    """Finds a model, downloading it where needed, and reads all but its parameters."""
+    """Finds a model, downloading it where needed, and reads all but its parameters.
+
+    >>> import tempfile
+    >>> import jax
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> folder = tempfile.mkdtemp()
+    >>> files = tokenizer.save_pretrained(folder)
+    >>> raw = {"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> size = Path(folder, "config.json").write_text(json.dumps(raw))
+    >>> before = jax.config.jax_compilation_cache_dir
+    >>> opened = open_source(folder, "float32")
+    >>> opened.config.width, opened.codec.encode(["b"])
+    (4, [[1]])
+    >>> jax.config.update("jax_compilation_cache_dir", before)
+    """
     keep_programs()
     import numpy as np
     from ml_dtypes import bfloat16
@@ -99,6 +117,12 @@ def check_lengths(tokens: Sequence[Sequence[int]], config: "Config", new: int) -
 
     Raises:
       ValueError: naming the text.
+
+    >>> from types import SimpleNamespace
+    >>> check_lengths([[1, 2], [3]], SimpleNamespace(context=8), new=6)
+    >>> check_lengths([[1, 2], [3]], SimpleNamespace(context=8), new=7)
+    Traceback (most recent call last):
+    ValueError: text 1 has 2 tokens, and with 7 new ones exceeds the model's 8...
     """
     for i, ids in enumerate(tokens, 1):
         if len(ids) + new > config.context:

@@ -119,6 +119,8 @@ def check(needs: Plan, quiet: bool = False) -> None:
 
     Raises:
       ValueError: when the device has less memory free than the run needs.
+
+    >>> check(Plan(params=400, cache=64, logits=12, work=24), quiet=True)
     """
     free, device = free_memory()
     parts = ", ".join(

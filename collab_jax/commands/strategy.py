@@ -47,7 +47,11 @@ class Strategy(NamedTuple):
 
 
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
-    """The key of each text is that of its place among all, also where some are done."""
+    """The key of each text is that of its place among all, also where some are done.
+
+    >>> bool((row_keys(0, [0, 1, 2])[2:] == row_keys(0, [2])).all())
+    True
+    """
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return fold(jax.random.key(seed), np.array(rows, np.uint32))
 
@@ -55,7 +59,20 @@ def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
 def check_run(
     opened: Opened, texts: Sequence[str], new: int, batch_size: int, beams: int
 ) -> None:
-    """Refuses what cannot run, before the parameters are read; prints the plan."""
+    """Refuses what cannot run, before the parameters are read; prints the plan.
+
+    >>> from pathlib import Path
+    >>> from collab_jax.models.config import from_hf
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 128, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    ...     "max_position_embeddings": 8})
+    >>> letters = Codec(lambda texts: [[*map(ord, t)] for t in texts], str)
+    >>> opened = Opened(Path(), config, letters, None, lambda: None)
+    >>> check_run(opened, ["abc"], new=5, batch_size=1, beams=1)
+    >>> check_run(opened, ["abcd"], new=5, batch_size=1, beams=1)
+    Traceback (most recent call last):
+    ValueError: text 1 has 4 tokens, and with 5 new ones exceeds the model's 8...
+    """
     tokens = opened.codec.encode(texts)
     check_lengths(tokens, opened.config, new)
     first = batches([len(ids) for ids in tokens], batch_size)[0]

@@ -29,7 +29,20 @@ def print_streams(
     stops: Sequence[str],
     keys: Any,
 ) -> None:
-    """Prints each text as it grows, one after the other."""
+    """Prints each text as it grows, one after the other.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from collab_jax import decode, law
+    >>> from collab_jax.models import table
+    >>> letters = Codec(lambda texts: [[*map(ord, t)] for t in texts],
+    ...     lambda ids: "".join(map(chr, ids)))
+    >>> successor = 9.0 * jnp.eye(128, k=1)
+    >>> greedy = decode.greedy(table.language_model(1), max_new_tokens=4)
+    >>> keys = law.row_keys(jax.random.key(0), 1)
+    >>> print_streams(letters, successor, greedy, ["a"], ["e"], keys)
+    bcd
+    """
     steps = streaming(lambda _: decoder)
     for number, text in enumerate(texts):
         if len(texts) > 1:

@@ -49,6 +49,13 @@ def load_checkpoint(path: str | Path, like: Any = None) -> Any:
     Raises:
       FileNotFoundError: where there is no checkpoint.
       ValueError: where `like` has another structure or other shapes.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "step-1"
+    >>> save_checkpoint(path, {"w": jax.numpy.arange(3)})
+    >>> like = {"w": jax.ShapeDtypeStruct((3,), jax.numpy.float32)}
+    >>> load_checkpoint(path, like)["w"].tolist()
+    [0.0, 1.0, 2.0]
     """
     path = Path(path).absolute()
     if not path.is_dir():

@@ -17,6 +17,19 @@ def describe(file: Gguf, folder: Path) -> None:
     Args:
       file: opened.
       folder: exists.
+
+    >>> import tempfile
+    >>> sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8,
+    ...     "feed_forward_length": 16, "attention.head_count": 2,
+    ...     "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6}
+    >>> metadata = {f"qwen2.{k}": v for k, v in sizes.items()}
+    >>> metadata |= {"general.architecture": "qwen2", "qwen2.vocab_size": 2}
+    >>> metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [],
+    ...     "tokenizer.ggml.tokens": ["a", "b"]}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> describe(Gguf(Path("a.gguf"), metadata, {}), folder)
+    >>> tokenizer.load_tokenizer(folder)("ba").input_ids
+    [1, 0]
     """
     raw = gguf_names.config_dict(file)
     from_hf(raw)  # raises where the model is not supported
@@ -35,6 +48,19 @@ def canonical_checkpoint(file: Gguf, config: Config) -> Checkpoint:
     Args:
       file: opened.
       config: of the model in it.
+
+    >>> from gguf import GGMLQuantizationType
+    >>> from collab_jax.io.gguf import Tensor
+    >>> sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8,
+    ...     "feed_forward_length": 16, "attention.head_count": 2,
+    ...     "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6}
+    >>> metadata = {f"qwen2.{k}": v for k, v in sizes.items()}
+    >>> metadata |= {"general.architecture": "qwen2", "qwen2.vocab_size": 2}
+    >>> norm = Tensor(GGMLQuantizationType.F32, (8,), 0, 32)
+    >>> file = Gguf(Path("a.gguf"), metadata, {"output_norm.weight": norm})
+    >>> config = from_hf(gguf_names.config_dict(file))
+    >>> list(canonical_checkpoint(file, config).layouts)
+    ['model.norm.weight']
     """
     wanted = tuple(name for rule in names.rules(config) for name in rule.names)
     return gguf_names.checkpoint(file, wanted, gguf_names.config_dict(file))
@@ -46,6 +72,29 @@ def to_safetensors(file: Gguf, folder: Path) -> None:
     Args:
       file: opened.
       folder: exists.
+
+    >>> import tempfile
+    >>> from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+    >>> from collab_jax.io.gguf import Tensor
+    >>> sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8,
+    ...     "feed_forward_length": 16, "attention.head_count": 2,
+    ...     "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6}
+    >>> metadata = {f"qwen2.{k}": v for k, v in sizes.items()}
+    >>> metadata |= {"general.architecture": "qwen2", "qwen2.vocab_size": 2}
+    >>> metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [],
+    ...     "tokenizer.ggml.tokens": ["a", "b"]}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = folder / "zeros.gguf"
+    >>> size = path.write_bytes(bytes(512))
+    >>> config = from_hf(gguf_names.config_dict(Gguf(path, metadata, {})))
+    >>> theirs = get_tensor_name_map(MODEL_ARCH.QWEN2, 1).get_name
+    >>> tensors = {theirs(name, (".weight", ".bias")):
+    ...     Tensor(GGMLQuantizationType.F32, shape, 0, 512)
+    ...     for rule in names.rules(config)
+    ...     for name, shape in zip(rule.names, rule.shapes)}
+    >>> to_safetensors(Gguf(path, metadata, tensors), folder)
+    >>> safetensors.open_folder(folder).layouts["model.norm.weight"].shape
+    (8,)
     """
     describe(file, folder)
     config = from_hf(gguf_names.config_dict(file))
@@ -61,7 +110,11 @@ def to_safetensors(file: Gguf, folder: Path) -> None:
 
 
 def architectures(raw: dict) -> dict:
-    """A config.json with the name of the class that transformers loads it with."""
+    """A config.json with the name of the class that transformers loads it with.
+
+    >>> architectures({"model_type": "gpt2", "n_layer": 2})
+    {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_layer': 2}
+    """
     classes = {
         "llama": "LlamaForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
@@ -76,5 +129,12 @@ def architectures(raw: dict) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes one JSON file, indented."""
+    """Writes one JSON file, indented.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_json(path, {"layers": 2})
+    >>> json.loads(path.read_text())
+    {'layers': 2}
+    """
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

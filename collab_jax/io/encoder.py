@@ -46,6 +46,26 @@ def load_encoder(
       FileNotFoundError: where a file is missing.
       ValueError: for an unknown architecture or pooling, a missing tensor, a wrong
         shape, or a truncated file.
+
+    >>> import tempfile
+    >>> from collab_jax.io.safetensors import Layout, write
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> files = tokenizer.save_pretrained(folder)
+    >>> raw = {"model_type": "bert", "vocab_size": 3, "hidden_size": 4,
+    ...     "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    ...     "max_position_embeddings": 8, "pad_token_id": 0}
+    >>> size = (folder / "config.json").write_text(json.dumps(raw))
+    >>> layouts = {name: Layout(np.dtype("float32"), shape)
+    ...     for rule in rules(_with_pooler(from_hf(raw), False))
+    ...     for name, shape in zip(rule.names, rule.shapes)}
+    >>> zeros = (np.zeros(layout.shape, np.float32) for layout in layouts.values())
+    >>> write(folder / "model.safetensors", layouts, zeros)
+    >>> load_encoder(folder).config.width
+    4
     """
     folder = Path(fetch(source))
     config = from_hf(_read_json(folder / "config.json"))
@@ -73,6 +93,20 @@ def embed_texts(
 
     Returns:
       `[N, W]` float32.
+
+    >>> from collab_jax.models.encoder import init
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> config = from_hf({"model_type": "bert", "vocab_size": 3, "hidden_size": 4,
+    ...     "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    ...     "max_position_embeddings": 8, "pad_token_id": 0})
+    >>> params = init(jax.random.key(0), config)
+    >>> model = EncoderModel(params, encoder(config), tokenizer, config)
+    >>> rows = embed_texts(model, ["a", "b a", "a"], batch_size=2)
+    >>> rows.shape, bool(np.allclose(rows[0], rows[2]))
+    ((3, 4), True)
     """
     if not texts:
         return np.zeros((0, model.config.width), np.float32)
@@ -99,7 +133,7 @@ def _jitted(made: Encoder):
     return jax.jit(made.embed_sentences)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: a Hugging Face folder is expected")
     try:

@@ -186,6 +186,19 @@ def checkpoint(file: Gguf, names: tuple[str, ...], raw: dict[str, Any]) -> Check
     Returns:
       A checkpoint of the tensors found. A name that the file lacks is missing from it,
       a tensor that no name asks for stands in it under its name in the file.
+
+    >>> from pathlib import Path
+    >>> from gguf import GGMLQuantizationType
+    >>> from collab_jax.io.gguf import Tensor
+    >>> sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8,
+    ...     "feed_forward_length": 16, "attention.head_count": 2,
+    ...     "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6}
+    >>> metadata = {f"qwen2.{k}": v for k, v in sizes.items()}
+    >>> metadata |= {"general.architecture": "qwen2", "qwen2.vocab_size": 2}
+    >>> norm = Tensor(GGMLQuantizationType.F32, (8,), 0, 32)
+    >>> file = Gguf(Path("a.gguf"), metadata, {"output_norm.weight": norm})
+    >>> checkpoint(file, ("model.norm.weight",), config_dict(file)).layouts
+    {'model.norm.weight': Layout(dtype=dtype('float32'), shape=(8,))}
     """
     source = file.checkpoint()
     layers = raw["n_layer"] if "n_layer" in raw else raw["num_hidden_layers"]

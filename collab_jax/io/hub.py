@@ -26,7 +26,13 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cache() -> Path:
-    """The folder for downloads: `$COLLAB_JAX_CACHE`, or `~/.cache/collab_jax`."""
+    """The folder for downloads: `$COLLAB_JAX_CACHE`, or `~/.cache/collab_jax`.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, COLLAB_JAX_CACHE="~/models"):
+    ...     cache() == Path.home() / "models"
+    True
+    """
     given = os.environ.get("COLLAB_JAX_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "collab_jax"
 
@@ -55,6 +61,14 @@ def fetch(source: str | Path) -> Path:
       FileNotFoundError: where nothing is found under this name.
       ValueError: for a folder or a file that holds no model, or a download whose
         checksum is wrong.
+
+    >>> path = Path(tempfile.mkdtemp())
+    >>> size = (path / "config.json").write_text("{}")
+    >>> fetch(path) == path
+    True
+    >>> fetch("minilm")
+    Traceback (most recent call last):
+    FileNotFoundError: no folder, file or short name 'minilm'; did you mean minilm-l6-v2
     """
     path = Path(source).expanduser()
     if path.is_dir():

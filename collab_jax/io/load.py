@@ -64,7 +64,20 @@ def load(
       ValueError: for an unknown architecture or type, a missing or unexpected tensor, a
         wrong shape, or a file that is cut off.
 
-    >>> model = load("smollm2-135m-instruct")  # doctest: +SKIP
+    >>> from collab_jax.models.transformer import init
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> backbone = transformer(config)
+    >>> params = init(jax.random.key(0), config)
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> model = Model(params, lms.language_model(backbone), backbone, tokenizer, config)
+    >>> folder = save(model, Path(tempfile.mkdtemp()) / "tiny")
+    >>> again = load(folder, dtype="bfloat16")
+    >>> again.params["norm"]["scale"].dtype, again.tokenizer("b").input_ids
+    (dtype(bfloat16), [1])
     """
     folder = fetch(source)
     config = read_config(folder)
@@ -85,6 +98,14 @@ def read_config(folder: Path) -> Config:
     Raises:
       FileNotFoundError: where there is no config.json.
       ValueError: for JSON that is damaged, and where `from_hf` does.
+
+    >>> raw = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1,
+    ...     "n_head": 2, "n_positions": 16, "eos_token_id": 7}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> convert.write_json(folder / "config.json", raw)
+    >>> convert.write_json(folder / "generation_config.json", {"eos_token_id": [7, 5]})
+    >>> read_config(folder).eos
+    (7, 5)
     """
     config = from_hf(_read_json(folder / "config.json"))
     if (folder / "generation_config.json").exists():
@@ -159,6 +180,15 @@ def read_params(
       checkpoint: its tensors.
       dtype: see `load`.
       sharding: see `load`.
+
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> layouts = {name: Layout(np.dtype("float32"), shape)
+    ...     for rule in names.rules(config)
+    ...     for name, shape in zip(rule.names, rule.shapes)}
+    >>> zeros = Checkpoint(layouts, lambda name: np.zeros(layouts[name].shape, 'f4'))
+    >>> read_params(config, zeros)["embed"]["embedding"].shape
+    (3, 4)
     """
     rules = names.rules(config)
     dtype = np.dtype(dtype or checkpoint.layouts[rules[0].names[0]].dtype)
@@ -201,6 +231,21 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
     Raises:
       ValueError: for a folder that holds something, and for params that are not those
         of `model.config`.
+
+    >>> from collab_jax.models.transformer import init
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> backbone = transformer(config)
+    >>> params = init(jax.random.key(0), config)
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> model = Model(params, lms.language_model(backbone), backbone, tokenizer, config)
+    >>> folder = save(model, Path(tempfile.mkdtemp()) / "tiny")
+    >>> sorted(path.name for path in folder.glob("*.*"))
+    ['config.json', 'generation_config.json', 'model.safetensors',
+     'tokenizer.json', 'tokenizer_config.json']
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

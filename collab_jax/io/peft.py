@@ -60,6 +60,19 @@ def load_adapter(
       FileNotFoundError: where a file is missing.
       ValueError: for anything but plain LoRA, a module that the model has not, or
         factors of a wrong shape.
+
+    >>> import tempfile
+    >>> from collab_jax import tree
+    >>> from collab_jax.models.config import from_hf
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> factors = {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 4))}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> adapter = {"layers_0": {"attention": {"q": {"kernel": factors}}}}
+    >>> save_adapter(folder, adapter, 2.0, config)
+    >>> found, scale = load_adapter(folder, config)
+    >>> tree.paths(found), scale
+    (['layers_0/attention/q/kernel/a', 'layers_0/attention/q/kernel/b'], 2.0)
     """
     folder = Path(folder)
     settings = _settings(folder / "adapter_config.json")
@@ -112,6 +125,17 @@ def save_adapter(
 
     Raises:
       ValueError: for factors that belong to no module of the checkpoint.
+
+    >>> import tempfile
+    >>> from collab_jax.models.config import from_hf
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> factors = {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 4))}
+    >>> adapter = {"layers_0": {"attention": {"q": {"kernel": factors}}}}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save_adapter(folder, adapter, 2.0, config)
+    >>> list(open_file(folder / "adapter_model.safetensors").layouts)[0]
+    'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
     left = {
         path[:-1]

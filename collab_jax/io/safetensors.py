@@ -88,6 +88,13 @@ def open_folder(folder: str | Path) -> Checkpoint:
     Raises:
       FileNotFoundError: where the folder holds no such file, or a shard is missing.
       ValueError: for a damaged file, or an index that does not fit its shards.
+
+    >>> import tempfile
+    >>> folder, two = Path(tempfile.mkdtemp()), Layout(DTYPES["F32"], (2,))
+    >>> ones = [np.ones(2, np.float32)] * 2
+    >>> write_folder(folder, {"x": two, "y": two}, ones, max_shard_size=8)
+    >>> list(open_folder(folder).layouts)
+    ['x', 'y']
     """
     folder = Path(folder)
     single, index = (
@@ -198,6 +205,12 @@ def write(
 
     Raises:
       ValueError: for a tensor that is not as announced.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write(path, {"x": Layout(DTYPES["I8"], (3,))}, [np.int8([1, 2, 3])])
+    >>> list(path.read_bytes()[-3:])
+    [1, 2, 3]
     """
     path = Path(path)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -243,6 +256,16 @@ def write_folder(
       layouts: types and shapes by name, in the order of the tensors.
       tensors: in that order.
       max_shard_size: bytes; a single tensor may be larger.
+
+    >>> import tempfile
+    >>> folder, two = Path(tempfile.mkdtemp()), Layout(DTYPES["F32"], (2,))
+    >>> ones = [np.ones(2, np.float32)] * 2
+    >>> write_folder(folder, {"x": two, "y": two}, ones, max_shard_size=8)
+    >>> for path in sorted(folder.iterdir()):
+    ...     print(path.name)
+    model-00001-of-00002.safetensors
+    model-00002-of-00002.safetensors
+    model.safetensors.index.json
     """
     folder = Path(folder)
     shards = split(layouts, max_shard_size)

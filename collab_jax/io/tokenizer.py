@@ -30,6 +30,15 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises:
       FileNotFoundError: where the folder holds no tokenizer.
+
+    >>> import tempfile
+    >>> from tokenizers import Tokenizer, models
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> folder = tempfile.mkdtemp()
+    >>> files = tokenizer.save_pretrained(folder)
+    >>> load_tokenizer(folder)("b").input_ids
+    [1]
     """
     folder = Path(folder)
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -48,6 +57,11 @@ def from_gguf(file: Gguf) -> Any:
 
     Raises:
       ValueError: where it states no vocabulary, or one of an unknown kind.
+
+    >>> metadata = {"general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2",
+    ...     "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]}
+    >>> from_gguf(Gguf(Path("a.gguf"), metadata, {}))("aab").input_ids
+    [0, 2]
     """
     stated = {
         key.removeprefix("tokenizer."): value
@@ -109,6 +123,15 @@ def encode(
 
     Raises:
       ValueError: for a chat with a tokenizer that has no template.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> encode(tokenizer, ["a", "b"])
+    [[0], [1]]
+    >>> encode(tokenizer, ["a"], chat=True)
+    Traceback (most recent call last):
+    ValueError: this tokenizer has no chat template: the model is a base model, give...
     """
     if not chat:
         return [tokenizer(text).input_ids for text in texts]
@@ -135,6 +158,12 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     Args:
       tokenizer: of `load_tokenizer`.
       ids: tokens; those beyond the vocabulary are left out too.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    >>> decode(tokenizer, [1, 0, 99])
+    'b a'
     """
     known = [int(i) for i in ids if int(i) < len(tokenizer)]
     return tokenizer.decode(

