@@ -115,7 +115,7 @@ def compare(model, lm, params, prompts, new_tokens, penalties, earlies, eos):
 
 
 def tiny(name, tmp_path):
-    from test_families import load_torch, write_folder
+    from parity.test_families import load_torch, write_folder
 
     raw = families.CASES[name]
     config = from_hf(raw)

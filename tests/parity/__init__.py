@@ -1,0 +1,1 @@
+"""What needs torch; a package, so that its modules may have the names of others."""
