@@ -76,7 +76,10 @@ def from_gguf(file: Gguf) -> Any:
     fields = {ours: stated[key] for key, ours in names.items() if key in stated}
     backend, _ = convert_gguf_tokenizer(file.metadata["general.architecture"], fields)
     if stated.get("ggml.pre") == "smollm":
-        # transformers leaves this out; without it, spaces before digits differ
+        # Every digit stands alone. transformers' reading of GGUF leaves this out, and
+        # gives other tokens for spaces before digits ("  12"). This one is right:
+        # llama.cpp cuts at \p{N} for "smollm", and no merge of the file has a digit,
+        # so that the model was trained on digits cut off.
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
