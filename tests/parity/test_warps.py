@@ -33,7 +33,7 @@ def undecided_top_p(logits, p):
     return (np.abs(probs.cumsum(-1) - p) < MARGIN).any(-1)
 
 
-@pytest.mark.parametrize("scale", [3, 5])
+@pytest.mark.parametrize("scale", [5, 8])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99, 1.0])
 def test_top_p(scale, p):
     logits = laws(scale)
