@@ -323,6 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE")
     chosen = parser.parse_args(arguments)
     path = chosen.output or (Path("parity_smoke.json") if chosen.smoke else default)
+    torch.set_num_threads(1)  # its threads wait by spinning, beside those of XLA
     modules = (jax, torch, transformers)
     run_by = {"versions": {m.__name__: m.__version__ for m in modules}}
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
