@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from collab_jax import slots
+from collab_jax import order, slots
 from collab_jax.law import log_probs
 from collab_jax.lm import LM, Out, State
 
@@ -87,24 +87,6 @@ def temperature(t):
     return _on_allowed(lambda logits: logits / t)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """float32 as uint32 with the same order."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    negative = bits >> 31 == 1
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest_threshold(ordered: jax.Array, enough) -> jax.Array:
-    """Greatest bit pattern t with `enough(ordered >= t)`, over the last axis."""
-
-    def set_bit(i, found):
-        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(enough(ordered >= candidate), candidate, found)
-
-    start = jnp.zeros((*ordered.shape[:-1], 1), jnp.uint32)
-    return jax.lax.fori_loop(0, 32, set_bit, start)
-
-
 def top_k(k):
     """Keeps the k likeliest tokens, and whatever is tied with the k-th.
 
@@ -119,11 +101,7 @@ def top_k(k):
     _check("top_k", k, 1, open_low=False)
 
     def apply(logits):
-        ordered = _ordered(logits)
-        least = _largest_threshold(
-            ordered, lambda kept: kept.sum(-1, keepdims=True, dtype=jnp.int32) >= k
-        )
-        return jnp.where(ordered < least, -jnp.inf, logits)
+        return jnp.where(order.among_largest(logits, k), logits, -jnp.inf)
 
     return apply
 
@@ -144,12 +122,12 @@ def top_p(p):
 
     def apply(logits):
         probs = jnp.exp(log_probs(jax.lax.stop_gradient(logits)))
-        ordered = _ordered(probs)
-        least = _largest_threshold(
-            ordered,
+        values = order.ordered(probs)
+        least = order.threshold(
+            values,
             lambda kept: jnp.where(kept, probs, 0).sum(-1, keepdims=True) >= p,
         )
-        return jnp.where((ordered < least) & (p < 1), -jnp.inf, logits)
+        return jnp.where((values < least) & (p < 1), -jnp.inf, logits)
 
     return apply
 

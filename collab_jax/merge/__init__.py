@@ -1,0 +1,1 @@
+"""Collaboration in parameter space: merges as chains of small transforms."""
