@@ -20,6 +20,7 @@ from rich.table import Table
 
 from collab_jax import combine, decode, finetune, packing, pool, score, tree, warp
 from collab_jax.lm import LM, Backbone, Params, language_model
+from collab_jax.merge import recipes, stack
 from collab_jax.models import lora
 
 QUESTIONS = ("Why is the sky blue?", "Name three large rivers.")
@@ -265,13 +266,13 @@ def _tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[
 
     say("the average of the parameters")
     whole = lora.materialise(params, adapter, SCALE)
-    average = jax.tree.map(lambda a, b: (a + b) / 2, params, whole)
+    average = stack.merge(recipes.soup(), None, [params, whole])
     halved = lora.materialise(params, adapter, SCALE / 2)
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), average, halved)
     worst = max(jax.tree.leaves(gaps))
     check = f"= half the adapter, within {worst:.0e}"
     show(
-        "merge: mean of parameters",
+        "merge: soup of the two",
         voice,
         greedy(average, prompts),
         check,
