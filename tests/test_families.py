@@ -73,6 +73,7 @@ WRONG = {
     | {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
     "multiple of 4 key-value heads": families.CASES["llama"]
     | {"num_key_value_heads": 4},
+    "heads of 5 dimensions": families.CASES["llama"] | {"head_dim": 5},
     "use_bidirectional_attention": families.CASES["gemma3"]
     | {"use_bidirectional_attention": True},
     "attn_logit_softcapping": families.CASES["gemma3"]

@@ -122,6 +122,11 @@ def from_hf(raw: Mapping[str, Any]) -> Config:
             f"{config.heads} query heads must be a positive multiple of "
             f"{config.kv_heads} key-value heads"
         )
+    if config.head_size % 2 and any(r and r.fraction == 1 for r in config.rotary):
+        raise ValueError(
+            f"heads of {config.head_size} dimensions: rotary positions turn pairs of "
+            "them, an even number is expected"
+        )
     return config
 
 
