@@ -1,18 +1,37 @@
 """What every test shares: the devices, and which tests this environment can run."""
 
 import importlib.util
+import os
+import tempfile
 
 import jax
 import pytest
 
+# Most of the work of small tests is compilation. LLVM's part of it is cut short; the
+# passes of XLA, which decide what is fused and what is copied, stay as they are.
+# `XLA_FLAGS= pytest` tests what users run, in twice the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # Eight devices, so that a mesh can be tested on any machine. It has to be said before
 # the first array is made; arrays that name no device still live on the first one.
 jax.config.update("jax_num_cpu_devices", 8)
+# Equal programs are compiled once a run. They are kept in a folder of this run, so that
+# a test never depends on an earlier one.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="collab_jax-tests-")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # The library never needs torch; the comparison with it runs where it is installed.
 TORCH = importlib.util.find_spec("torch") is not None
 # Golden vectors are made by scripts that need it too.
 collect_ignore = ["golden"] if TORCH else ["golden", "parity"]
+
+
+def pytest_unconfigure(config):
+    """Removes the programs."""
+    del config
+    PROGRAMS.cleanup()
 
 
 def pytest_report_header(config):
@@ -23,20 +42,11 @@ def pytest_report_header(config):
     return f"collab_jax: {devices} devices{absent}"
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Equal programs compile once, as they do for a user, but in a folder of ours."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs leave the memory with the module that made them."""
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from command_line import generate, refused, run
 
-pytestmark = pytest.mark.usefixtures("programs")
-
 WORDS = [
     "the",
     "cat",
