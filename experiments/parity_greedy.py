@@ -7,7 +7,7 @@ not depend on its batch, greedy or sampled. A difference counts as none only whe
 two best candidates are shown to lie within 1e-4.
 Command: python experiments/parity_greedy.py [--smoke] [--output FILE] [--model NAME];
 a run that was stopped is taken up again. Needs the extra `parity`.
-Hardware: two CPU cores, 6 GiB; about 15 minutes after the downloads (`--smoke`:
+Hardware: two CPU cores, 6 GiB; about 20 minutes beside other work (`--smoke`:
 seconds, a random toy model).
 Expected: 48 of 48 continuations equal, 48 of 48 rows equal in batches of 8, greedy and
 sampled; largest |logit difference| under 1e-4 of the logits' standard deviation.
