@@ -217,7 +217,6 @@ def main(path):
     print(*lines[:-1], sep="\n")
 
 
-if (
-    __name__ == "__main__"
-):  # PYTHONPATH=tests python tests/parity/test_beam.py FILE.json
+# PYTHONPATH=tests python -m parity.test_beam FILE.json
+if __name__ == "__main__":
     main(sys.argv[1])
