@@ -167,7 +167,9 @@ def test_a_file_of_prompts(tiny, prompts, tmp_path):
 
 def test_an_interrupt_keeps_what_is_done(tiny, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
-    prompts.write_text((prompts.read_text() + "\n") * 20)
+    # minutes of work, so that the signal comes before its end on any machine
+    prompts.write_text((prompts.read_text() + "\n") * 1_000)
+    total = len(prompts.read_text().split())
     flags = ["generate", tiny, "--input", str(prompts), "--output", str(out)]
     flags += ["--max-new-tokens", "200", "--batch-size", "1"]
     command = [sys.executable, "-c", "from collab_jax.cli import main; main()", *flags]
@@ -183,7 +185,7 @@ def test_an_interrupt_keeps_what_is_done(tiny, prompts, tmp_path):
     assert stderr.endswith("collab-jax: interrupted\n")
     assert stdout == ""
     done = [json.loads(line) for line in out.read_text().splitlines()]
-    assert 0 < len(done) < 140
+    assert 0 < len(done) < total
 
 
 @pytest.mark.parametrize(

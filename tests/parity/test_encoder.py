@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from collab_jax.io.hub import fetch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from collab_jax.io.encoder import embed_texts, load_encoder
+from collab_jax.io.hub import fetch
 from collab_jax.models.encoder import encoder
 from collab_jax.models.encoder_config import from_hf, to_hf
 
