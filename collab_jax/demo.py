@@ -242,7 +242,8 @@ def _tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[
     say("training a LoRA variant")
     adapter, history = _train_variant(voice, steps, progress=False)
     variant = lora.adapted(lm, SCALE)
-    outcome = _program(variant, new, eos)((params, adapter), prompts)
+    whole = lora.materialise(params, adapter, SCALE)
+    outcome = greedy(whole, prompts)
     check = f"loss {history[0]:.2f} -> {history[-1]:.2f} nats"
     show("LoRA variant", voice, outcome, check, history[-1] < history[0])
 
@@ -265,7 +266,6 @@ def _tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[
     show("contrast: variant - model", voice, outcome, check, held)
 
     say("the average of the parameters")
-    whole = lora.materialise(params, adapter, SCALE)
     average = stack.merge(recipes.soup(), None, [params, whole])
     halved = lora.materialise(params, adapter, SCALE / 2)
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), average, halved)
