@@ -67,8 +67,7 @@ def _real_voices() -> list[Voice]:
     voices = []
     for name, chat in (("smollm2-135m-instruct", True), ("gemma-3-270m", False)):
         model = load(name)
-        ends = getattr(model.config, "eos", ())
-        talk = codec(model.tokenizer, ends, chat=chat)
+        talk = codec(model.tokenizer, model.config.eos, chat=chat)
         voices.append(
             Voice(
                 name,

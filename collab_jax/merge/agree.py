@@ -5,14 +5,7 @@ Shapes: N experts, S the shape of a leaf.
 
 import jax.numpy as jnp
 
-from collab_jax.merge.stack import Stack
-
-
-def _spread(stack: Stack):
-    """The weights as `[N, *S]`."""
-    missing = stack.deltas.ndim - stack.weights.ndim
-    weights = stack.weights.reshape(stack.weights.shape + (1,) * missing)
-    return jnp.broadcast_to(weights, stack.deltas.shape)
+from collab_jax.merge.stack import Stack, spread
 
 
 def elect_sign(stack: Stack) -> Stack:
@@ -32,7 +25,7 @@ def elect_sign(stack: Stack) -> Stack:
     Array([[ 2., -1.],
            [ 0., -3.]], dtype=float32)
     """
-    moved = _spread(stack) * stack.deltas
+    moved = spread(stack) * stack.deltas
     positive = moved.sum(0) >= 0
     agrees = jnp.where(positive, moved > 0, moved < 0)
     return stack._replace(deltas=jnp.where(agrees, stack.deltas, 0))
@@ -55,6 +48,6 @@ def disjoint_mean(stack: Stack) -> Stack:
     Array([[0.5, 0. ],
            [0.5, 1. ]], dtype=float32)
     """
-    weights = jnp.where(stack.deltas != 0, _spread(stack), 0)
+    weights = jnp.where(stack.deltas != 0, spread(stack), 0)
     total = weights.sum(0)
     return stack._replace(weights=weights / jnp.where(total == 0, 1, total))

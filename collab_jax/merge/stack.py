@@ -128,6 +128,17 @@ def where(pattern: str, part: Part) -> Transform:
     return Transform(apply, tuple(surveyor(ask) for ask in transform.survey))
 
 
+def spread(stack: Stack) -> jax.Array:
+    """The weights with an axis for each of the leaf's, to multiply deltas by.
+
+    >>> weights = jnp.ones(2)
+    >>> spread(Stack(jnp.zeros(3), jnp.ones((2, 3)), weights, jax.random.key(0))).shape
+    (2, 1)
+    """
+    missing = stack.deltas.ndim - stack.weights.ndim
+    return stack.weights.reshape(stack.weights.shape + (1,) * missing)
+
+
 def combine(stack: Stack) -> jax.Array:
     """The merged leaf, `base + sum_n w_n * delta_n`, `[*S]`.
 
@@ -135,9 +146,7 @@ def combine(stack: Stack) -> jax.Array:
     >>> combine(Stack(jnp.array([10.0]), deltas, weights, jax.random.key(0))).tolist()
     [12.5]
     """
-    missing = stack.deltas.ndim - stack.weights.ndim
-    weights = stack.weights.reshape(stack.weights.shape + (1,) * missing)
-    return stack.base + (weights * stack.deltas).sum(0)
+    return stack.base + (spread(stack) * stack.deltas).sum(0)
 
 
 def merge(
