@@ -26,15 +26,13 @@ def stack(trees: Sequence[Any]) -> Any:
     trees = list(trees)
     if not trees:
         raise ValueError("no tree was given, at least one is expected")
-    first = shapes(trees[0])
     for n, tree in enumerate(trees[1:], 1):
-        other = shapes(tree)
-        for path in sorted(first.keys() | other.keys()):
-            if first.get(path) != other.get(path):
-                raise ValueError(
-                    f"trees 0 and {n} differ at {path}: {first.get(path)} and "
-                    f"{other.get(path)}; equal structures and shapes are expected"
-                )
+        if gap := difference(trees[0], tree):
+            path, first, other = gap
+            raise ValueError(
+                f"trees 0 and {n} differ at {path}: {first} and {other}; equal "
+                "structures and shapes are expected"
+            )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -76,6 +74,22 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return {path_string(path): jnp.shape(leaf) for path, leaf in flat}
+
+
+def difference(first: Any, other: Any) -> tuple[str, Any, Any] | None:
+    """The first path at which two trees differ in shape, or None.
+
+    Returns:
+      The path, and the shape there in each tree; None in a tree that lacks the path.
+
+    >>> difference({"a": jnp.zeros(2), "b": jnp.zeros(1)}, {"a": jnp.zeros(2)})
+    ('b', (1,), None)
+    """
+    ours, theirs = shapes(first), shapes(other)
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path):
+            return path, ours.get(path), theirs.get(path)
+    return None
 
 
 def select(tree: Any, pattern: str) -> dict[str, Any]:

@@ -235,15 +235,14 @@ def merge(
 
 def _check_alike(first: Any, experts: Sequence[Any]) -> None:
     """Refuses trees whose paths or shapes differ."""
-    wanted = tree.shapes(first)
     for n, expert in enumerate(experts):
-        found = tree.shapes(expert)
-        for path in sorted(wanted.keys() | found.keys()):
-            if wanted.get(path) != found.get(path):
-                raise ValueError(
-                    f"expert {n} has {found.get(path, 'nothing')} at {path}, the base "
-                    f"has {wanted.get(path, 'nothing')}: equal trees are expected"
-                )
+        if gap := tree.difference(first, expert):
+            path, wanted, found = gap
+            raise ValueError(
+                f"expert {n} has {'nothing' if found is None else found} at {path}, "
+                f"the base has {'nothing' if wanted is None else wanted}: equal trees "
+                "are expected"
+            )
 
 
 def _check_integers(paths: Sequence[str], leaves: Sequence[Any], columns) -> None:
