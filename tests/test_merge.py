@@ -12,7 +12,8 @@ from collab_jax import mesh
 from collab_jax.merge import recipes
 from collab_jax.merge.agree import disjoint_mean, elect_sign
 from collab_jax.merge.sparsify import drop_and_rescale, trim, trim_whole
-from collab_jax.merge.stack import chain, merge, where
+from collab_jax.merge.memory import merge
+from collab_jax.merge.stack import chain, where
 from collab_jax.merge.weigh import mean, scale
 
 SHAPES = {"a": (), "b": (1,), "c": (7,), "d/e": (16, 12), "d/f": (3, 3, 2, 2)}
@@ -244,7 +245,7 @@ def test_types_are_the_base_s():
     ("act", "message"),
     [
         (lambda b, e: merge(chain(), b, []), "no expert was given"),
-        (lambda b, e: merge(chain(), b, e, [1.0]), r"weights of shape \(1,\) for 2"),
+        (lambda b, e: merge(chain(), b, e, [1.0]), r"1 weights for 2 experts"),
         (
             lambda b, e: merge(chain(), b, [e[0], {**e[1], "c": jnp.zeros(8)}]),
             r"expert 1 has \(8,\) at c, the base has \(7,\)",

@@ -5,7 +5,7 @@ Shapes: N experts, S the shape of a leaf.
 
 import jax.numpy as jnp
 
-from collab_jax.merge.stack import Stack, spread
+from collab_jax.merge.stack import Stack, total
 
 
 def elect_sign(stack: Stack) -> Stack:
@@ -20,15 +20,18 @@ def elect_sign(stack: Stack) -> Stack:
     Source: arXiv 2306.01708.
 
     >>> import jax
-    >>> deltas = jnp.array([[2.0, -1.0], [-1.0, -3.0]])
-    >>> elect_sign(Stack(jnp.zeros(2), deltas, jnp.ones(2), jax.random.key(0))).deltas
-    Array([[ 2., -1.],
-           [ 0., -3.]], dtype=float32)
+    >>> deltas = jnp.array([2.0, -1.0]), jnp.array([-1.0, -3.0])
+    >>> found = elect_sign(Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0)))
+    >>> [delta.tolist() for delta in found.deltas]
+    [[2.0, -1.0], [0.0, -3.0]]
     """
-    moved = spread(stack) * stack.deltas
-    positive = moved.sum(0) >= 0
-    agrees = jnp.where(positive, moved > 0, moved < 0)
-    return stack._replace(deltas=jnp.where(agrees, stack.deltas, 0))
+    moved = [w * d for w, d in zip(stack.weights, stack.deltas, strict=True)]
+    positive = total(moved) >= 0
+    kept = tuple(
+        jnp.where(jnp.where(positive, m > 0, m < 0), d, 0)
+        for m, d in zip(moved, stack.deltas, strict=True)
+    )
+    return stack._replace(deltas=kept)
 
 
 def disjoint_mean(stack: Stack) -> Stack:
@@ -42,12 +45,15 @@ def disjoint_mean(stack: Stack) -> Stack:
     Source: arXiv 2306.01708.
 
     >>> import jax
-    >>> deltas = jnp.array([[2.0, 0.0], [4.0, -3.0]])
-    >>> stack = Stack(jnp.zeros(2), deltas, jnp.ones(2), jax.random.key(0))
-    >>> disjoint_mean(stack).weights
-    Array([[0.5, 0. ],
-           [0.5, 1. ]], dtype=float32)
+    >>> deltas = jnp.array([2.0, 0.0]), jnp.array([4.0, -3.0])
+    >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
+    >>> [weight.tolist() for weight in disjoint_mean(stack).weights]
+    [[0.5, 0.0], [0.5, 1.0]]
     """
-    weights = jnp.where(stack.deltas != 0, spread(stack), 0)
-    total = weights.sum(0)
-    return stack._replace(weights=weights / jnp.where(total == 0, 1, total))
+    weights = [
+        jnp.where(d != 0, w, 0)
+        for w, d in zip(stack.weights, stack.deltas, strict=True)
+    ]
+    whole = total(weights)
+    whole = jnp.where(whole == 0, 1, whole)
+    return stack._replace(weights=tuple(weight / whole for weight in weights))

@@ -15,7 +15,7 @@ def soup() -> Transform:
     Source: model soups, arXiv 2203.05482 (the uniform soup, with equal weights).
 
     >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.stack import merge
+    >>> from collab_jax.merge.memory import merge
     >>> merge(soup(), None, [{"a": jnp.zeros(2)}, {"a": jnp.ones(2)}])["a"].tolist()
     [0.5, 0.5]
     """
@@ -34,7 +34,7 @@ def task_arithmetic(lam=0.3) -> Transform:
     Source: arXiv 2212.04089.
 
     >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.stack import merge
+    >>> from collab_jax.merge.memory import merge
     >>> base, expert = {"a": jnp.ones(2)}, {"a": jnp.array([2.0, 3.0])}
     >>> merge(task_arithmetic(0.5), base, [expert])["a"].tolist()
     [1.5, 2.0]
@@ -55,7 +55,7 @@ def ties(density=0.2, lam=1.0) -> Transform:
     Source: arXiv 2306.01708.
 
     >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.stack import merge
+    >>> from collab_jax.merge.memory import merge
     >>> base = {"a": jnp.zeros(3)}
     >>> deltas = jnp.array([[3.0, 0.1, 2.0], [1.0, 0.1, -3.0]])
     >>> merge(ties(density=0.67), base, [{"a": d} for d in deltas])["a"].tolist()
@@ -77,7 +77,7 @@ def dare(p=0.9, lam=1.0) -> Transform:
     Source: arXiv 2311.03099.
 
     >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.stack import merge
+    >>> from collab_jax.merge.memory import merge
     >>> merged = merge(dare(p=0.5), {"a": jnp.zeros(1000)}, [{"a": jnp.ones(1000)}])
     >>> bool(abs(merged["a"].mean() - 1) < 0.1)
     True
@@ -96,7 +96,7 @@ def dare_ties(p=0.9, density=0.2, lam=1.0) -> Transform:
     Source: arXiv 2311.03099 over arXiv 2306.01708.
 
     >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.stack import merge
+    >>> from collab_jax.merge.memory import merge
     >>> merged = merge(dare_ties(), {"a": jnp.zeros(100)}, [{"a": jnp.ones(100)}])
     >>> float(merged["a"].max())
     10.0

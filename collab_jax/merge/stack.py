@@ -1,16 +1,21 @@
-"""The algebra of merging: `Stack`, `Transform`, `chain`, `merge`.
+"""The algebra of merging: `Stack`, `Transform`, `chain`, and what drivers run.
 
 Every merge is `theta = base + sum_n w_n * delta_n`, leaf by leaf. A transform edits the
 weights and deltas of one leaf at a time, so that any merge is a chain of small parts
-and streams through memory. What a part must know of the whole model, it asks for in a
-survey: one more pass, whose summaries are added up over the leaves.
+and streams through memory. What a part must know beyond its leaf stands in its
+`survey`: a `Survey` is one more pass over the model, whose summaries are added up over
+the leaves; a `Schedule` gives the numbers that belong to a leaf's name.
+
+The N deltas of a leaf are a tuple of arrays, not one array with an axis N: so XLA fuses
+a whole chain into one loop over the leaf, without a temporary array.
 
 Shapes: N experts, S the shape of a leaf.
 """
 
+import functools
+import math
 import operator
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +24,39 @@ import jax.numpy as jnp
 from collab_jax import tree
 
 Summary = Any  # a tree of arrays that add up over leaves
-Facts = tuple[Summary, ...]  # the results of the surveys so far, in order
+Facts = tuple[Any, ...]  # what the entries of a survey gave, in order
+Shape = tuple[int, ...]
 
 
 class Stack(NamedTuple):
     """One leaf of all experts, in the working precision."""
 
     base: jax.Array  # [*S]
-    deltas: jax.Array  # [N, *S], expert minus base
-    weights: jax.Array  # [N], or [N, *S]
+    deltas: tuple[jax.Array, ...]  # N of [*S], expert minus base
+    weights: tuple[jax.Array, ...]  # N of [] or [*S]
     key: jax.Array  # [] typed key, folded from the leaf's name
+
+
+class Survey(NamedTuple):
+    """A question to the whole model."""
+
+    # (stack, name of the leaf, facts of the entries before) -> summary
+    ask: Callable[[Stack, str, Facts], Summary]
+    # (sum of the summaries, facts of the entries before, entries counted) -> the fact;
+    # outside of jit the sum is in 64 bits of NumPy
+    settle: Callable[[Summary, Facts, int], Any] = lambda total, facts, size: total
+    # (name, shape) -> entries of the leaf that count
+    size: Callable[[str, Shape], int] = lambda name, shape: math.prod(shape)
+
+
+class Schedule(NamedTuple):
+    """Numbers that belong to a leaf's name."""
+
+    at: Callable[[str, Shape], Any]  # (name, shape) -> a tree of numbers or tracers
+
+
+def _alike(name: str, shape: Shape) -> Hashable:
+    return ()
 
 
 class Transform(NamedTuple):
@@ -36,8 +64,10 @@ class Transform(NamedTuple):
 
     # (stack, name of the leaf, facts) -> stack
     apply: Callable[[Stack, str, Facts], Stack]
-    # passes over the model before: (stack, name, facts of the passes before) -> summary
-    survey: tuple[Callable[[Stack, str, Facts], Summary], ...] = ()
+    survey: tuple[Survey | Schedule, ...] = ()
+    # what of a leaf's name `apply` and `ask` look at: leaves with equal cases and
+    # shapes share one compiled program; None: at all of it
+    case: Callable[[str, Shape], Hashable] | None = None
 
 
 Part = Transform | Callable[[Stack], Stack]
@@ -46,13 +76,13 @@ Part = Transform | Callable[[Stack], Stack]
 def lift(part: Part) -> Transform:
     """A transform as it is, and a function of the stack alone as a transform.
 
-    >>> halved = lift(lambda stack: stack._replace(weights=stack.weights / 2))
+    >>> halved = lift(lambda s: s._replace(weights=tuple(w / 2 for w in s.weights)))
     >>> halved.survey
     ()
     """
     if isinstance(part, Transform):
         return part
-    return Transform(lambda stack, name, facts: part(stack))
+    return Transform(lambda stack, name, facts: part(stack), case=_alike)
 
 
 def chain(*parts: Part) -> Transform:
@@ -66,8 +96,9 @@ def chain(*parts: Part) -> Transform:
     Returns:
       A transform. The surveys of a part see the stack as the parts before it leave it.
 
-    >>> double = lambda stack: stack._replace(weights=2 * stack.weights)
-    >>> merge(chain(double, double), {"a": jnp.zeros(2)}, [{"a": jnp.ones(2)}])
+    >>> from collab_jax.merge.memory import merge
+    >>> from collab_jax.merge.weigh import scale
+    >>> merge(chain(scale(2), scale(2)), {"a": jnp.zeros(2)}, [{"a": jnp.ones(2)}])
     {'a': Array([4., 4.], dtype=float32)}
     """
     transforms = [lift(part) for part in parts]
@@ -83,14 +114,34 @@ def chain(*parts: Part) -> Transform:
             stack = transform.apply(stack, name, own(i, facts))
         return stack
 
-    def surveyor(i: int, ask):
-        return lambda stack, name, facts: ask(
-            upto(i, stack, name, facts), name, own(i, facts)
-        )
+    def behind(i: int, entry: Survey | Schedule) -> Survey | Schedule:
+        if isinstance(entry, Schedule):
+            return entry
 
+        def ask(stack, name, facts):
+            return entry.ask(upto(i, stack, name, facts), name, own(i, facts))
+
+        def settle(total, facts, size):
+            return entry.settle(total, own(i, facts), size)
+
+        return entry._replace(ask=ask, settle=settle)
+
+    cases = [t.case for t in transforms if t.case is not _alike]
     return Transform(
         lambda stack, name, facts: upto(len(transforms), stack, name, facts),
-        tuple(surveyor(i, ask) for i, t in enumerate(transforms) for ask in t.survey),
+        tuple(behind(i, e) for i, t in enumerate(transforms) for e in t.survey),
+        _cases(cases),
+    )
+
+
+def _cases(cases: Sequence[Callable[[str, Shape], Hashable] | None]):
+    known = [case for case in cases if case is not None]
+    if len(known) < len(cases):
+        return None
+    return (
+        (lambda name, shape: tuple(c(name, shape) for c in known))
+        if known
+        else (_alike)
     )
 
 
@@ -103,9 +154,10 @@ def where(pattern: str, part: Part) -> Transform:
       pattern: regular expression for `re.fullmatch`.
       part: what happens to them.
 
-    >>> nothing = lambda stack: stack._replace(weights=0 * stack.weights)
+    >>> from collab_jax.merge.memory import merge
+    >>> from collab_jax.merge.weigh import scale
     >>> base, expert = {"a": jnp.zeros(1), "b": jnp.zeros(1)}, {"a": jnp.ones(1)}
-    >>> merge(where("b", nothing), base, [expert | {"b": jnp.ones(1)}])
+    >>> merge(where("b", scale(0)), base, [expert | {"b": jnp.ones(1)}])
     {'a': Array([1.], dtype=float32), 'b': Array([0.], dtype=float32)}
     """
     transform = lift(part)
@@ -116,143 +168,152 @@ def where(pattern: str, part: Part) -> Transform:
     def apply(stack, name, facts):
         return transform.apply(stack, name, facts) if matches(name) else stack
 
-    def surveyor(ask):
-        def seen(stack, name, facts):
-            summary = ask(stack, name, facts)
-            if matches(name):
-                return summary
-            return jax.tree.map(lambda leaf: leaf * 0, summary)
+    def inside(entry):
+        if isinstance(entry, Schedule):
+            return entry
 
-        return seen
+        def ask(stack, name, facts):
+            summary = entry.ask(stack, name, facts)
+            return summary if matches(name) else jax.tree.map(jnp.zeros_like, summary)
 
-    return Transform(apply, tuple(surveyor(ask) for ask in transform.survey))
+        def size(name, shape):
+            return entry.size(name, shape) if matches(name) else 0
+
+        return entry._replace(ask=ask, size=size)
+
+    def case(name, shape):
+        inner = transform.case
+        return matches(name) and (True if inner is None else inner(name, shape))
+
+    survey = tuple(inside(entry) for entry in transform.survey)
+    return Transform(apply, survey, None if transform.case is None else case)
 
 
-def spread(stack: Stack) -> jax.Array:
-    """The weights with an axis for each of the leaf's, to multiply deltas by.
+def scheduled(
+    make: Callable[[dict[str, Any]], Part], at: Callable[[str, Shape], dict[str, Any]]
+) -> Transform:
+    """A part whose knobs depend on the leaf: per layer, per name, learned per leaf.
 
-    >>> weights = jnp.ones(2)
-    >>> spread(Stack(jnp.zeros(3), jnp.ones((2, 3)), weights, jax.random.key(0))).shape
-    (2, 1)
+    Numbers are arguments of the compiled program, so that a schedule over a hundred
+    layers compiles no more than one number does.
+
+    Args:
+      make: from the knobs of a leaf to a part without surveys.
+      at: (name, shape) -> knobs by name: numbers, tracers or trees of them; and
+        booleans, strings or None, which choose the program.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> from collab_jax.merge.weigh import scale
+    >>> later = scheduled(lambda knobs: scale(knobs["by"]),
+    ...                   lambda name, shape: {"by": 0.5 if name == "a" else 2.0})
+    >>> base, expert = {"a": jnp.zeros(1), "b": jnp.zeros(1)}, {"a": jnp.ones(1)}
+    >>> merge(later, base, [expert | {"b": jnp.ones(1)}])
+    {'a': Array([0.5], dtype=float32), 'b': Array([2.], dtype=float32)}
     """
-    missing = stack.deltas.ndim - stack.weights.ndim
-    return stack.weights.reshape(stack.weights.shape + (1,) * missing)
+
+    def split(name, shape):
+        knobs = at(name, shape)
+        words = {k: v for k, v in knobs.items() if v is None or type(v) in (bool, str)}
+        return words, {k: v for k, v in knobs.items() if k not in words}
+
+    def apply(stack, name, facts):
+        words, _ = split(name, stack.base.shape)
+        part = lift(make(words | facts[0]))
+        if part.survey:
+            raise ValueError("a part with surveys was scheduled: put it into the chain")
+        return part.apply(stack, name, ())
+
+    def case(name, shape):
+        words, numbers = split(name, shape)
+        return tuple(sorted(words.items())), jax.tree.structure(numbers)
+
+    return Transform(apply, (Schedule(lambda n, s: split(n, s)[1]),), case)
+
+
+def total(terms: Iterable[Any]) -> Any:
+    """The sum of arrays, in order: `x_0 + x_1 + ...`, how parts sum over experts.
+
+    >>> total([1, 2, 3])
+    6
+    """
+    return functools.reduce(operator.add, terms)
 
 
 def combine(stack: Stack) -> jax.Array:
     """The merged leaf, `base + sum_n w_n * delta_n`, `[*S]`.
 
-    >>> deltas, weights = jnp.array([[1.0], [2.0]]), jnp.array([0.5, 1.0])
+    >>> deltas, weights = (jnp.array([1.0]), jnp.array([2.0])), (0.5, 1.0)
     >>> combine(Stack(jnp.array([10.0]), deltas, weights, jax.random.key(0))).tolist()
     [12.5]
     """
-    return stack.base + (spread(stack) * stack.deltas).sum(0)
+    moved = (w * d for w, d in zip(stack.weights, stack.deltas, strict=True))
+    return stack.base + total(moved)
 
 
-def merge(
-    part: Part,
-    base: Any,
-    experts: Sequence[Any],
-    weights: Any = None,
-    key: jax.Array | None = None,
-) -> Any:
-    """Merges trees of one structure: models, adapters, heads, updates of clients.
-
-    Each leaf is merged in float32 (float64 if it is that) and rounded to the base's
-    type. Random parts draw from the key and the leaf's name alone, so that the same
-    key makes the same masks whatever the order, the sharding, or the jit.
+def stack_leaf(base: Any, experts: Sequence[Any], weights: Sequence[Any], key) -> Stack:
+    """One leaf of all experts as a `Stack`, in the working precision.
 
     Args:
-      part: what edits weights and deltas; `chain()` for a plain weighted sum.
-      base: the tree that the experts were made from, or None to merge without one:
-        the deltas are then the experts themselves.
-      experts: N trees.
-      weights: `[N]` numbers or tracers; None is 1 for each.
-      key: one typed key for random parts; None is `jax.random.key(0)`.
+      base: `[*S]`, or None: the deltas are then the experts.
+      experts: N of `[*S]`.
+      weights: N of `[]` or `[*S]`.
+      key: of the leaf.
 
-    Returns:
-      A tree with the base's structure and types. A leaf of integers is the base's, and
-      must be equal everywhere.
-
-    Raises:
-      ValueError: without experts, for a wrong number of weights, or for trees that
-        differ, naming the first path.
-
-    Source: arXiv 2212.04089 for the form.
-
-    >>> base, expert = {"a": jnp.zeros(2)}, {"a": jnp.array([1.0, 2.0])}
-    >>> merge(chain(), base, [expert, expert], weights=[0.5, 1.0])["a"].tolist()
-    [1.5, 3.0]
+    >>> found = stack_leaf(jnp.ones(1), [jnp.full(1, 3.0)], [1.0], jax.random.key(0))
+    >>> found.deltas[0].tolist()
+    [2.0]
     """
-    experts = list(experts)
-    if not experts:
-        raise ValueError("no expert was given, at least one is expected")
-    weights = (
-        jnp.ones(len(experts))
-        if weights is None
-        else jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
+    first = jnp.asarray(experts[0] if base is None else base)
+    precision = jnp.promote_types(first.dtype, jnp.float32)
+    wide = tuple(jnp.asarray(expert, precision) for expert in experts)
+    if base is None:
+        start, deltas = jnp.zeros(first.shape, precision), wide
+    else:
+        start = jnp.asarray(base, precision)
+        deltas = tuple(expert - start for expert in wide)
+    return Stack(start, deltas, tuple(jnp.asarray(w, precision) for w in weights), key)
+
+
+class Programs(NamedTuple):
+    """A transform compiled leaf by leaf; what every driver runs."""
+
+    # (name, shape, base, experts, weights, key, facts) -> the merged leaf
+    merge: Callable[..., jax.Array]
+    # i, then as above -> the summary of entry i of the survey
+    ask: Callable[..., Summary]
+
+
+@functools.lru_cache(maxsize=128)
+def programs(transform: Transform) -> Programs:
+    """The compiled programs of a transform; leaves of one case and shape share one.
+
+    Args:
+      transform: what edits the stacks.
+
+    >>> run = programs(chain())
+    >>> one, key = jnp.ones(2), jax.random.key(0)
+    >>> run.merge("a", (2,), None, (one, one), (0.5, 1.0), key, ()).tolist()
+    [1.5, 1.5]
+    """
+    named: dict[Hashable, str] = {}
+
+    def representative(name: str, shape: Shape) -> str:
+        if transform.case is None:
+            return name
+        return named.setdefault((shape, transform.case(name, shape)), name)
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def merge(base, experts, weights, key, facts, name):
+        stack = stack_leaf(base, experts, weights, key)
+        merged = combine(transform.apply(stack, name, facts))
+        return merged.astype((experts[0] if base is None else base).dtype)
+
+    @functools.partial(jax.jit, static_argnames=("name", "i"))
+    def ask(base, experts, weights, key, facts, name, i):
+        stack = stack_leaf(base, experts, weights, key)
+        return transform.survey[i].ask(stack, name, facts)
+
+    return Programs(
+        lambda name, shape, *rest: merge(*rest, name=representative(name, shape)),
+        lambda i, name, shape, *rest: ask(*rest, name=representative(name, shape), i=i),
     )
-    if weights.shape != (len(experts),):
-        raise ValueError(
-            f"weights of shape {weights.shape} for {len(experts)} experts: one number "
-            "each is expected"
-        )
-    first = experts[0] if base is None else base
-    _check_alike(first, experts)
-    key = jax.random.key(0) if key is None else key
-    columns = [jax.tree.leaves(expert) for expert in experts]
-    transform = lift(part)
-
-    def stack(i: int, name: str, leaf: jax.Array) -> Stack:
-        precision = jnp.promote_types(leaf.dtype, jnp.float32)
-        start = jnp.zeros(leaf.shape, precision) if base is None else leaf
-        start = jnp.asarray(start, precision)
-        deltas = [jnp.asarray(column[i], precision) - start for column in columns]
-        leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return Stack(start, jnp.stack(deltas), weights.astype(precision), leaf_key)
-
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(first)]
-    _check_integers(tree.paths(first), leaves, columns)
-    merged = [
-        (i, name, leaf)
-        for i, (name, leaf) in enumerate(zip(tree.paths(first), leaves, strict=True))
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    merged.sort(key=lambda entry: entry[1])
-    facts: Facts = ()
-    for ask in transform.survey:
-        summaries = [ask(stack(*entry), entry[1], facts) for entry in merged]
-        total = summaries[0]
-        for summary in summaries[1:]:
-            total = jax.tree.map(operator.add, total, summary)
-        facts = (*facts, total)
-    result = list(leaves)
-    for i, name, leaf in merged:
-        edited = transform.apply(stack(i, name, leaf), name, facts)
-        result[i] = combine(edited).astype(leaf.dtype)
-    return jax.tree.unflatten(jax.tree.structure(first), result)
-
-
-def _check_alike(first: Any, experts: Sequence[Any]) -> None:
-    """Refuses trees whose paths or shapes differ."""
-    for n, expert in enumerate(experts):
-        if gap := tree.difference(first, expert):
-            path, wanted, found = gap
-            raise ValueError(
-                f"expert {n} has {'nothing' if found is None else found} at {path}, "
-                f"the base has {'nothing' if wanted is None else wanted}: equal trees "
-                "are expected"
-            )
-
-
-def _check_integers(paths: Sequence[str], leaves: Sequence[Any], columns) -> None:
-    """Refuses leaves that cannot be averaged and are not equal everywhere."""
-    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        traced = isinstance(leaf, jax.core.Tracer)
-        if traced or jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        if not all(bool((jnp.asarray(column[i]) == leaf).all()) for column in columns):
-            raise ValueError(
-                f"{path} holds integers that differ between the trees: they cannot be "
-                "averaged; take the leaf out, or make it equal"
-            )

@@ -3,7 +3,7 @@
 Shapes: N experts.
 """
 
-from collab_jax.merge.stack import Stack
+from collab_jax.merge.stack import Stack, total
 
 
 def scale(factor):
@@ -13,11 +13,14 @@ def scale(factor):
       factor: a number or tracer; negative to forget.
 
     >>> import jax, jax.numpy as jnp
-    >>> stack = Stack(jnp.zeros(1), jnp.ones((2, 1)), jnp.ones(2), jax.random.key(0))
-    >>> scale(0.5)(stack).weights.tolist()
-    [0.5, 0.5]
+    >>> one = jnp.ones(1)
+    >>> stack = Stack(one, (one, one), (1.0, 3.0), jax.random.key(0))
+    >>> scale(0.5)(stack).weights
+    (0.5, 1.5)
     """
-    return lambda stack: stack._replace(weights=factor * stack.weights)
+    return lambda stack: stack._replace(
+        weights=tuple(factor * weight for weight in stack.weights)
+    )
 
 
 def mean(stack: Stack) -> Stack:
@@ -27,9 +30,9 @@ def mean(stack: Stack) -> Stack:
       stack: one leaf.
 
     >>> import jax, jax.numpy as jnp
-    >>> stack = Stack(jnp.zeros(1), jnp.ones((2, 1)), jnp.array([1.0, 3.0]),
-    ...               jax.random.key(0))
-    >>> mean(stack).weights.tolist()
-    [0.25, 0.75]
+    >>> one = jnp.ones(1)
+    >>> mean(Stack(one, (one, one), (1.0, 3.0), jax.random.key(0))).weights
+    (0.25, 0.75)
     """
-    return stack._replace(weights=stack.weights / stack.weights.sum(0))
+    whole = total(stack.weights)
+    return stack._replace(weights=tuple(weight / whole for weight in stack.weights))

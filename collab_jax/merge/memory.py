@@ -1,0 +1,174 @@
+"""Merging trees in memory: on one device, or sharded as the trees are.
+
+Leaves are compiled one by one, equal shapes once. Nothing is gathered: elementwise parts
+stay on their devices, whole-leaf statistics are sums that the compiler shards.
+"""
+
+import operator
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax import tree
+from collab_jax.merge.stack import Facts, Part, Schedule, Survey, lift, programs
+
+
+def leaf_key(key: jax.Array, name: str) -> jax.Array:
+    """The key of a leaf: it depends on the key and the leaf's name alone.
+
+    >>> leaf_key(jax.random.key(0), "a").shape
+    ()
+    """
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def merge(
+    part: Part,
+    base: Any,
+    experts: Sequence[Any],
+    weights: Sequence[Any] | None = None,
+    key: jax.Array | None = None,
+) -> Any:
+    """Merges trees of one structure: models, adapters, heads, updates of clients.
+
+    Each leaf is merged in float32 (float64 if it is that) and rounded to the base's
+    type. Random parts draw from the key and the leaf's name alone, so that the same
+    key makes the same masks whatever the order, the sharding, or the jit. Names are
+    the paths of the tree: to draw what a merge of the checkpoint draws, and to have
+    rows where it has them, merge `collab_jax.io.names.to_checkpoint(config, params)`.
+
+    Args:
+      part: what edits weights and deltas; `chain()` for a plain weighted sum.
+      base: the tree that the experts were made from, or None to merge without one:
+        the deltas are then the experts themselves.
+      experts: N trees.
+      weights: N, each a number, a tracer, or a tree like the base with the weights of
+        every leaf, `[]` or `[*S]`; None is 1 for each.
+      key: one typed key for random parts; None is `jax.random.key(0)`.
+
+    Returns:
+      A tree with the base's structure and types. A leaf of integers is the base's, and
+      must be equal everywhere.
+
+    Raises:
+      ValueError: without experts, for a wrong number of weights, or for trees that
+        differ, naming the first path.
+
+    Source: arXiv 2212.04089 for the form.
+
+    >>> from collab_jax.merge.stack import chain
+    >>> base, expert = {"a": jnp.zeros(2)}, {"a": jnp.array([1.0, 2.0])}
+    >>> merge(chain(), base, [expert, expert], weights=[0.5, 1.0])["a"].tolist()
+    [1.5, 3.0]
+    """
+    experts = list(experts)
+    if not experts:
+        raise ValueError("no expert was given, at least one is expected")
+    first = experts[0] if base is None else base
+    _check_alike(first, experts)
+    names = tree.paths(first)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(first)]
+    columns = [jax.tree.leaves(expert) for expert in experts]
+    _check_integers(names, leaves, columns)
+    rows = _weights(weights, first, len(experts))
+    transform, start = lift(part), jax.random.key(0) if key is None else key
+    run = programs(transform)
+
+    def arguments(i: int, facts: Facts):
+        at = names[i], leaves[i].shape
+        own = tuple(f.at(*at) if isinstance(f, Schedule) else f for f in facts)
+        start_leaf = None if base is None else leaves[i]
+        column = tuple(column[i] for column in columns)
+        weight = tuple(row[i] for row in rows)
+        return *at, start_leaf, column, weight, leaf_key(start, names[i]), own
+
+    floating = [
+        i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    floating.sort(key=lambda i: names[i])
+    facts: Facts = ()
+    for i, entry in enumerate(transform.survey):
+        if isinstance(entry, Survey):
+            total = None
+            for j in floating:
+                total = add(total, run.ask(i, *arguments(j, facts)))
+            size = sum(entry.size(names[j], leaves[j].shape) for j in floating)
+            facts = (*facts, entry.settle(total, facts, size))
+        else:
+            facts = (*facts, entry)
+    for j in floating:
+        leaves[j] = run.merge(*arguments(j, facts))
+    return jax.tree.unflatten(jax.tree.structure(first), leaves)
+
+
+def add(total: Any, summary: Any) -> Any:
+    """Adds the summary of one more leaf; integers of NumPy, 64 bits wide, outside jit.
+
+    Args:
+      total: of the leaves before; None for the first.
+      summary: of the next leaf.
+
+    >>> add(add(None, (jnp.int32(1),)), (jnp.int32(2),))[0]
+    np.int64(3)
+    """
+
+    def wide(leaf):
+        if isinstance(leaf, jax.core.Tracer):
+            return leaf
+        leaf = np.asarray(leaf)
+        return leaf.astype(np.int64 if leaf.dtype.kind in "iu" else np.float64)
+
+    summary = jax.tree.map(wide, summary)
+    return summary if total is None else jax.tree.map(operator.add, total, summary)
+
+
+def _weights(weights: Sequence[Any] | None, first: Any, count: int) -> list[list[Any]]:
+    """For each expert, the weight of every leaf."""
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count:
+        raise ValueError(
+            f"{len(given)} weights for {count} experts: one number each is expected, "
+            "or one tree"
+        )
+    size, structure = len(jax.tree.leaves(first)), jax.tree.structure(first)
+    rows = []
+    for n, weight in enumerate(given):
+        if jax.tree.structure(weight) == structure:
+            rows.append(jax.tree.leaves(weight))
+        elif jnp.ndim(weight) == 0:
+            rows.append([weight] * size)
+        else:
+            raise ValueError(
+                f"weight {n} is neither a number nor a tree like the base: an array of "
+                f"shape {jnp.shape(weight)} was given"
+            )
+    return rows
+
+
+def _check_alike(first: Any, experts: Sequence[Any]) -> None:
+    """Refuses trees whose paths or shapes differ."""
+    for n, expert in enumerate(experts):
+        if gap := tree.difference(first, expert):
+            path, wanted, found = gap
+            raise ValueError(
+                f"expert {n} has {'nothing' if found is None else found} at {path}, "
+                f"the base has {'nothing' if wanted is None else wanted}: equal trees "
+                "are expected"
+            )
+
+
+def _check_integers(paths: Sequence[str], leaves: Sequence[Any], columns) -> None:
+    """Refuses leaves that cannot be averaged and are not equal everywhere."""
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        traced = isinstance(leaf, jax.core.Tracer)
+        if traced or jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        if not all(bool((jnp.asarray(column[i]) == leaf).all()) for column in columns):
+            raise ValueError(
+                f"{path} holds integers that differ between the trees: they cannot be "
+                "averaged; take the leaf out, or make it equal"
+            )
