@@ -5,17 +5,27 @@ maps only the tensor that is asked for and lets it go again, so that loading a m
 never holds it twice. Writing streams: one tensor is in memory at a time.
 """
 
-import difflib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from collab_jax.io.layout import (
+    Checkpoint,
+    Layout,
+    by_file,
+    index_of,
+    missing,
+    sharded,
+    size_of,
+)
+from collab_jax.io.region import region
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -36,20 +46,6 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
-
-
-class Layout(NamedTuple):
-    """What is known of a tensor before it is read."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-class Checkpoint(NamedTuple):
-    """Named tensors on disk, whatever the format: their layouts, how to read one."""
-
-    layouts: dict[str, Layout]  # in the order of the file
-    read: Callable[[str], np.ndarray]  # read-only; good until it is let go
 
 
 class _Entry(NamedTuple):
@@ -112,37 +108,17 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} holds no model.safetensors and no model.safetensors.index.json"
             + found
         )
-    where = json.loads(index.read_text())["weight_map"]
-    shards = {shard: _entries(folder / shard) for shard in sorted(set(where.values()))}
-    for name, shard in where.items():
-        if name not in shards[shard]:
-            raise ValueError(f"{index} places tensor {name} in {shard}, which lacks it")
-    return _checkpoint({name: shards[shard][name] for name, shard in where.items()})
+    return sharded(index, open_file)
 
 
 def _checkpoint(entries: dict[str, _Entry]) -> Checkpoint:
     def read(name: str) -> np.ndarray:
         if name not in entries:
             raise missing(name, entries)
-        entry = entries[name]
-        dtype, shape = entry.layout
-        if math.prod(shape) == 0:
-            return np.zeros(shape, dtype)
-        # one map per tensor: its pages leave the process with it
-        return np.memmap(entry.path, dtype, "r", entry.start, shape)
+        path, (dtype, shape), start = entries[name]
+        return region(path, dtype, start, shape)
 
     return Checkpoint({name: entry.layout for name, entry in entries.items()}, read)
-
-
-def missing(name: str, known: Iterable[str]) -> ValueError:
-    """The error for a tensor that is not there; it names the closest that are.
-
-    >>> print(missing("norm.weight", ["norm.scale", "head"]))
-    tensor norm.weight is missing from the checkpoint; the closest there is norm.scale
-    """
-    close = difflib.get_close_matches(name, list(known), 1, 0.0)
-    hint = f"; the closest there is {close[0]}" if close else "; it is empty"
-    return ValueError(f"tensor {name} is missing from the checkpoint{hint}")
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
@@ -193,6 +169,59 @@ def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
     return _Entry(path, layout, origin + start)
 
 
+def header(layouts: dict[str, Layout]) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file, and where the tensors lie that follow it.
+
+    Args:
+      layouts: types and shapes by name, in their order.
+
+    Returns:
+      Length and header, and the first byte of each tensor from the file's beginning.
+
+    Raises:
+      ValueError: for a type that the format has not.
+
+    >>> head, starts = header({"x": Layout(DTYPES["I8"], (3,))})
+    >>> len(head) == starts["x"]
+    True
+    """
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, layout in layouts.items():
+        if layout.dtype not in _NAMES:
+            raise ValueError(
+                f"tensor {name} has the type {layout.dtype.name}, which the format "
+                "safetensors has not"
+            )
+        end = offset + size_of(layout)
+        entries[name] = {
+            "dtype": _NAMES[layout.dtype],
+            "shape": list(layout.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors' bytes start at a multiple of eight
+    head = struct.pack("<Q", len(text)) + text
+    starts = {name: len(head) + entries[name]["data_offsets"][0] for name in layouts}
+    return head, starts
+
+
+def check(name: str, tensor: np.ndarray, layout: Layout) -> None:
+    """Refuses a tensor that is not as its layout says.
+
+    Raises:
+      ValueError: for another type or shape.
+
+    >>> check("x", np.float32([1, 2]), Layout(DTYPES["F32"], (2,)))
+    """
+    if Layout(tensor.dtype, tensor.shape) != layout:
+        raise ValueError(
+            f"tensor {name} is {tensor.dtype.name}{list(tensor.shape)}, "
+            f"announced was {layout.dtype.name}{list(layout.shape)}"
+        )
+
+
 def write(
     path: str | Path, layouts: dict[str, Layout], tensors: Iterable[np.ndarray]
 ) -> None:
@@ -213,28 +242,13 @@ def write(
     [1, 2, 3]
     """
     path = Path(path)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in layouts.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors' bytes start at a multiple of eight
+    head, _ = header(layouts)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(head)
             for (name, layout), tensor in zip(layouts.items(), tensors, strict=True):
-                if Layout(tensor.dtype, tensor.shape) != layout:
-                    raise ValueError(
-                        f"tensor {name} is {tensor.dtype.name}{list(tensor.shape)}, "
-                        f"announced was {layout.dtype.name}{list(layout.shape)}"
-                    )
+                check(name, tensor, layout)
                 file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
@@ -268,39 +282,11 @@ def write_folder(
     model.safetensors.index.json
     """
     folder = Path(folder)
-    shards = split(layouts, max_shard_size)
+    shards = by_file(layouts, max_shard_size)
     stream = iter(tensors)
     if len(shards) == 1:
         write(folder / "model.safetensors", layouts, stream)
         return
-    where: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        piece = {name: layouts[name] for name in names}
-        write(folder / file, piece, (next(stream) for _ in names))
-        where |= dict.fromkeys(names, file)
-    total = sum(_size(layout) for layout in layouts.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def split(layouts: dict[str, Layout], max_size: int) -> Sequence[list[str]]:
-    """Names in order, cut where the next tensor would not fit into the shard.
-
-    >>> four = Layout(DTYPES["F32"], (1,))
-    >>> split({"a": four, "b": four, "c": four}, 8)
-    [['a', 'b'], ['c']]
-    """
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, layout in layouts.items():
-        if shards[-1] and size + _size(layout) > max_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _size(layout)
-    return shards
-
-
-def _size(layout: Layout) -> int:
-    return math.prod(layout.shape) * layout.dtype.itemsize
+    for file, part in shards.items():
+        write(folder / file, part, (next(stream) for _ in part))
+    (folder / "model.safetensors.index.json").write_text(index_of(shards))
