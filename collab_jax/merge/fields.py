@@ -24,12 +24,12 @@ def within(where: str, key: str) -> str:
 def unknown(what: str, value: str, known: Iterable[str]) -> str:
     """`unknown WHAT VALUE`, the closest that is known, and all that are.
 
-    >>> unknown("method", "dare-ties", ["dare_ties", "ties"])
-    "unknown method 'dare-ties'; did you mean dare_ties? known are dare_ties, ties"
+    >>> unknown("method", "dare-ties", ["dare_ties", "slerp"])
+    "unknown method 'dare-ties'; did you mean dare_ties? known are dare_ties, slerp"
     """
     known = list(known)
-    close = difflib.get_close_matches(value.lower().replace("-", "_"), known, 1, 0.5)
-    hint = f" did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(value.lower().replace("-", "_"), known, 2, 0.5)
+    hint = f" did you mean {' or '.join(close)}?" if close else ""
     listed = ", ".join(known) or "none"
     return f"unknown {what} {value!r};{hint} known are {listed}"
 

@@ -59,7 +59,7 @@ def parse(value: Any, where: str = "model") -> Reference:
             "or MODEL+LORA"
         )
     places = [_place(chunk, where) for chunk in chunks]
-    return Reference(*places)
+    return Reference(places[0], places[1] if len(places) > 1 else None)
 
 
 def _place(value: Any, where: str) -> Place:
