@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from collab_jax import mesh
 from collab_jax.merge import recipes
 from collab_jax.merge.agree import disjoint_mean, elect_sign
-from collab_jax.merge.sparsify import drop_and_rescale, trim, trim_whole
 from collab_jax.merge.memory import merge
+from collab_jax.merge.sparsify import drop_and_rescale, trim, trim_whole
 from collab_jax.merge.stack import chain, where
 from collab_jax.merge.weigh import mean, scale
 

@@ -1,11 +1,10 @@
 """Merging trees in memory: on one device, or sharded as the trees are.
 
-Leaves are compiled one by one, equal shapes once. Nothing is gathered: elementwise parts
-stay on their devices, whole-leaf statistics are sums that the compiler shards.
+Leaves are compiled one by one, equal shapes once. Nothing is gathered: elementwise
+parts stay on their devices, whole-leaf statistics are sums that the compiler shards.
 """
 
 import operator
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from collab_jax import tree
-from collab_jax.merge.stack import Facts, Part, Schedule, Survey, lift, programs
-
-
-def leaf_key(key: jax.Array, name: str) -> jax.Array:
-    """The key of a leaf: it depends on the key and the leaf's name alone.
-
-    >>> leaf_key(jax.random.key(0), "a").shape
-    ()
-    """
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+from collab_jax.merge.stack import Facts, Leaf, Part, Survey, lift, programs
 
 
 def merge(
@@ -78,16 +68,17 @@ def merge(
     transform, start = lift(part), jax.random.key(0) if key is None else key
     run = programs(transform)
 
-    def arguments(i: int, facts: Facts):
-        at = names[i], leaves[i].shape
-        own = tuple(f.at(*at) if isinstance(f, Schedule) else f for f in facts)
-        start_leaf = None if base is None else leaves[i]
-        column = tuple(column[i] for column in columns)
-        weight = tuple(row[i] for row in rows)
-        return *at, start_leaf, column, weight, leaf_key(start, names[i]), own
+    def leaf(i: int) -> Leaf:
+        return Leaf(
+            names[i],
+            None if base is None else leaves[i],
+            tuple(column[i] for column in columns),
+            tuple(row[i] for row in rows),
+            start,
+        )
 
     floating = [
-        i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        i for i, each in enumerate(leaves) if jnp.issubdtype(each.dtype, jnp.inexact)
     ]
     floating.sort(key=lambda i: names[i])
     facts: Facts = ()
@@ -95,13 +86,13 @@ def merge(
         if isinstance(entry, Survey):
             total = None
             for j in floating:
-                total = add(total, run.ask(i, *arguments(j, facts)))
+                total = add(total, run.ask(i, leaf(j), facts))
             size = sum(entry.size(names[j], leaves[j].shape) for j in floating)
             facts = (*facts, entry.settle(total, facts, size))
         else:
             facts = (*facts, entry)
     for j in floating:
-        leaves[j] = run.merge(*arguments(j, facts))
+        leaves[j], _ = run.merge(leaf(j), facts)
     return jax.tree.unflatten(jax.tree.structure(first), leaves)
 
 
@@ -137,7 +128,7 @@ def _weights(weights: Sequence[Any] | None, first: Any, count: int) -> list[list
     size, structure = len(jax.tree.leaves(first)), jax.tree.structure(first)
     rows = []
     for n, weight in enumerate(given):
-        if jax.tree.structure(weight) == structure:
+        if jax.tree.structure(weight) == structure:  # type: ignore[operator]
             rows.append(jax.tree.leaves(weight))
         elif jnp.ndim(weight) == 0:
             rows.append([weight] * size)

@@ -15,11 +15,13 @@ Shapes: N experts, S the shape of a leaf.
 import functools
 import math
 import operator
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from collab_jax import tree
 
@@ -277,10 +279,21 @@ def stack_leaf(base: Any, experts: Sequence[Any], weights: Sequence[Any], key) -
 class Programs(NamedTuple):
     """A transform compiled leaf by leaf; what every driver runs."""
 
-    # (name, shape, base, experts, weights, key, facts) -> the merged leaf
-    merge: Callable[..., jax.Array]
-    # i, then as above -> the summary of entry i of the survey
+    # (Leaf, facts, type of the result or None: the base's) -> (the merged leaf,
+    # [] float32: 0, or NaN where an input is not finite)
+    merge: Callable[..., tuple[jax.Array, jax.Array]]
+    # (i, Leaf, facts) -> the summary of entry i of the survey
     ask: Callable[..., Summary]
+
+
+class Leaf(NamedTuple):
+    """What a driver knows of a leaf when it is merged."""
+
+    name: str  # canonical: the checkpoint's
+    base: Any  # [*S], or None to merge without a base
+    experts: tuple[Any, ...]  # N of [*S]
+    weights: tuple[Any, ...]  # N of [] or [*S]
+    key: jax.Array  # [] typed key of the whole merge
 
 
 @functools.lru_cache(maxsize=128)
@@ -290,10 +303,12 @@ def programs(transform: Transform) -> Programs:
     Args:
       transform: what edits the stacks.
 
-    >>> run = programs(chain())
     >>> one, key = jnp.ones(2), jax.random.key(0)
-    >>> run.merge("a", (2,), None, (one, one), (0.5, 1.0), key, ()).tolist()
-    [1.5, 1.5]
+    >>> merged, bad = programs(chain()).merge(
+    ...     Leaf("a", None, (one, one), (0.5, 1.0), key), ()
+    ... )
+    >>> merged.tolist(), float(bad)
+    ([1.5, 1.5], 0.0)
     """
     named: dict[Hashable, str] = {}
 
@@ -302,18 +317,37 @@ def programs(transform: Transform) -> Programs:
             return name
         return named.setdefault((shape, transform.case(name, shape)), name)
 
-    @functools.partial(jax.jit, static_argnames="name")
-    def merge(base, experts, weights, key, facts, name):
-        stack = stack_leaf(base, experts, weights, key)
-        merged = combine(transform.apply(stack, name, facts))
-        return merged.astype((experts[0] if base is None else base).dtype)
+    def arguments(leaf: Leaf, facts: Facts):
+        shape = jnp.shape(leaf.experts[0])
+        own = tuple(
+            fact.at(leaf.name, shape) if isinstance(fact, Schedule) else fact
+            for fact in facts
+        )
+        place = np.uint32(zlib.crc32(leaf.name.encode()))
+        return (*leaf[1:], place, own), representative(leaf.name, shape)
+
+    def stack(base, experts, weights, key, place):
+        return stack_leaf(base, experts, weights, jax.random.fold_in(key, place))
+
+    @functools.partial(jax.jit, static_argnames=("name", "dtype"))
+    def merge(base, experts, weights, key, place, facts, name, dtype):
+        made = stack(base, experts, weights, key, place)
+        merged = combine(transform.apply(made, name, facts))
+        inputs = experts if base is None else (base, *experts)
+        finite = total(jnp.float32(x) * 0 for x in inputs).sum()
+        return merged.astype(dtype or inputs[0].dtype), finite
 
     @functools.partial(jax.jit, static_argnames=("name", "i"))
-    def ask(base, experts, weights, key, facts, name, i):
-        stack = stack_leaf(base, experts, weights, key)
-        return transform.survey[i].ask(stack, name, facts)
+    def ask(base, experts, weights, key, place, facts, name, i):
+        made = stack(base, experts, weights, key, place)
+        return transform.survey[i].ask(made, name, facts)
 
-    return Programs(
-        lambda name, shape, *rest: merge(*rest, name=representative(name, shape)),
-        lambda i, name, shape, *rest: ask(*rest, name=representative(name, shape), i=i),
-    )
+    def run_merge(leaf: Leaf, facts: Facts, dtype: Any = None):
+        args, name = arguments(leaf, facts)
+        return merge(*args, name=name, dtype=dtype)
+
+    def run_ask(i: int, leaf: Leaf, facts: Facts):
+        args, name = arguments(leaf, facts)
+        return ask(*args, name=name, i=i)
+
+    return Programs(run_merge, run_ask)
