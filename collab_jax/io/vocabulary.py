@@ -13,7 +13,6 @@ from tokenizers import AddedToken
 
 from collab_jax.io.rows import Origin, Rows, unknown
 from collab_jax.io.tokenizer import load_tokenizer
-from collab_jax.io.wish import Wish
 
 
 class Member(NamedTuple):
@@ -22,6 +21,24 @@ class Member(NamedTuple):
     name: str  # as the config writes it
     folder: Path
     rows: int  # of its embedding matrix
+
+
+class Given(NamedTuple):
+    """What a config says about the row of one token: a model's row, or zeros."""
+
+    model: str | None = None
+    token: str | None = None  # of that model; without it and an id, the token itself
+    token_id: int | None = None
+    zero: bool = False
+    force: bool = False  # for all models, else for those that lack the token
+
+
+class Wish(NamedTuple):
+    """What a config says about the tokenizer of the result."""
+
+    source: str = "union"  # "base", or a model's name
+    tokens: Mapping[str, Given] = {}
+    pad_to_multiple_of: int | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -46,7 +63,7 @@ def vocabulary(members: Sequence[Member], base: str | None, wanted: Wish) -> Voc
       members: the merged models in the order of the config, and any other model that
         the wish names as its source.
       base: the name of the base model, if there is one.
-      wanted: from `collab_jax.io.wish.wish`.
+      wanted: from `the config`.
 
     Raises:
       FileNotFoundError: for a model without a tokenizer.
@@ -71,12 +88,23 @@ def vocabulary(members: Sequence[Member], base: str | None, wanted: Wish) -> Voc
     >>> found.rows.models["n"].tolist()
     [0, 2, -1, 1]
     """
+    multiple = wanted.pad_to_multiple_of
+    if multiple is None:
+        multiple = 1
+    if multiple < 1:
+        raise ValueError(
+            f"tokenizer.pad_to_multiple_of is {multiple}, at least 1 was expected"
+        )
     folders = {member.name: member for member in members}
     donor = _donor(folders, base, wanted.source)
     made = {name: _load(member) for name, member in folders.items()}
     notes: list[str] = []
     known = {
         name: _within(name, made[name], folders[name].rows, notes) for name in folders
+    }
+    origins = {
+        token: _origin(token, given, known, folders)
+        for token, given in wanted.tokens.items()
     }
     tokenizer, before = made[donor], made[donor].get_vocab()
     extra: list[AddedToken] = []
@@ -88,15 +116,11 @@ def vocabulary(members: Sequence[Member], base: str | None, wanted: Wish) -> Voc
         tokenizer.add_tokens(extra)
     tokens = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     size = max(tokens.values(), default=-1) + 1
-    multiple = wanted.pad_to_multiple_of or 1
     rows = Rows(
         -(-size // multiple) * multiple,
         {name: _places(tokens, size, known[name]) for name in folders},
         base,
-        {
-            tokens[token]: _origin(token, entry, known, folders)
-            for token, entry in wanted.tokens.items()
-        },
+        {tokens[token]: origin for token, origin in origins.items() if origin},
     )
     holes = unknown(rows, rows.models)
     if len(holes):
@@ -209,22 +233,29 @@ def _places(
 
 def _origin(
     token: str,
-    entry: Mapping[str, Any],
+    given: Given,
     known: Mapping[str, Mapping[str, int]],
     members: Mapping[str, Member],
-) -> Origin:
-    """Where the row of a token comes from, as its entry of the config says."""
-    if entry["kind"] == "zero":
-        return Origin(None, -1, entry["force"])
-    path, model = f"tokenizer.tokens.{token}.source", entry["model"]
+) -> Origin | None:
+    """Where the row of a token comes from; None where the common rules decide."""
+    path = f"tokenizer.tokens.{token}"
+    if given.zero:
+        return Origin(None, -1, given.force)
+    if given.model is None:
+        if given.force or not any(token in tokens for tokens in known.values()):
+            why = "force needs one" if given.force else "no model has this token"
+            raise ValueError(
+                f"{path} names no source, and {why}; name a model, or kind: zero"
+            )
+        return None
+    path, model, row = f"{path}.source", given.model, given.token_id
     if model not in members:
         raise ValueError(
             f"{path} takes a row of {model}, which is none of the models "
             f"({', '.join(members)})"
         )
-    row = entry.get("token_id")
     if row is None:
-        wanted = entry.get("token") or token
+        wanted = given.token or token
         if wanted not in known[model]:
             raise ValueError(f"{path}: {model} has no token {wanted!r}")
         row = known[model][wanted]
@@ -232,4 +263,4 @@ def _origin(
         raise ValueError(
             f"{path}.token_id is {row}, {model} has {members[model].rows} rows"
         )
-    return Origin(model, row, entry["force"])
+    return Origin(model, row, given.force)
