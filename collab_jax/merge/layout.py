@@ -114,6 +114,15 @@ def vocabulary_axis(
     return None
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor is what logits are made with.
+
+    >>> is_head("lm_head.weight"), is_head("model.embed_tokens.weight")
+    (True, False)
+    """
+    return bool(_HEAD.search(name))
+
+
 def value(config: dict[str, Any], key: str) -> Any:
     """An entry of config.json, or of its text_config; None where neither has it.
 

@@ -134,7 +134,7 @@ Levels = Sequence[dict[str, Setting]]  # from the closest to the tensor to the d
 
 
 def resolve(
-    name: str, parameter: Parameter, levels: Levels
+    name: str, parameter: Parameter, levels: Levels, where: str = "parameters"
 ) -> Callable[[str, float], Any]:
     """How one parameter's value follows from a tensor's name and place.
 
@@ -142,6 +142,7 @@ def resolve(
       name: of the parameter.
       parameter: what the method says of it.
       levels: the settings of each level, the closest first.
+      where: the path of the closest level's parameters, for messages.
 
     Returns:
       (tensor's name, t) -> value. It raises a ValueError where a parameter without
@@ -169,6 +170,6 @@ def resolve(
                 f"{paths}: no filter matches the tensor {tensor}, and {name} has no "
                 "default; add a last entry with only a value"
             )
-        raise ValueError(f"parameter {name} is required (first for tensor {tensor})")
+        raise ValueError(f"{where}.{name}: is required and missing (for {tensor})")
 
     return value
