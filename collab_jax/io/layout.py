@@ -59,11 +59,13 @@ def sharded(index: Path, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint
     """
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
+        files = sorted({"" + file for file in where.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index} holds no weight_map in JSON ({error!r}); fetch it again"
         ) from None
+    if strangers := [file for file in files if Path(file).name != file]:
+        raise ValueError(f"{index} names {strangers[0]}, which lies outside its folder")
     shards = {file: open_shard(index.parent / file) for file in files}
     for name, file in where.items():
         if name not in shards[file].layouts:

@@ -6,7 +6,6 @@ never holds it twice. Writing streams: one tensor is in memory at a time.
 """
 
 import json
-import math
 import os
 import struct
 from collections.abc import Iterable
@@ -139,17 +138,24 @@ def _entries(path: Path) -> dict[str, _Entry]:
             raise ValueError(
                 f"{path} has a damaged safetensors header ({error}); fetch it again"
             ) from None
-    header.pop("__metadata__", None)
-    expected = (
-        8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
-    )
+    try:
+        header.pop("__metadata__", None)
+        entries = {
+            name: _entry(path, name, 8 + length, h) for name, h in header.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} has a damaged safetensors header ({error!r}); fetch it again"
+        ) from None
+    ends = (entry.start + size_of(entry.layout) for entry in entries.values())
+    expected = max(ends, default=8 + length)
     if size != expected:
         raise ValueError(
             f"{path} has {size} bytes, its header promises {expected}: "
             + ("it is cut off" if size < expected else "it holds something else too")
             + "; fetch it again"
         )
-    return {name: _entry(path, name, 8 + length, h) for name, h in header.items()}
+    return entries
 
 
 def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
@@ -160,11 +166,10 @@ def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
         )
     layout = Layout(DTYPES[header["dtype"]], tuple(header["shape"]))
     start, end = header["data_offsets"]
-    promised = math.prod(layout.shape) * layout.dtype.itemsize
-    if end - start != promised:
+    if start < 0 or end - start != size_of(layout) or min(layout.shape, default=0) < 0:
         raise ValueError(
-            f"tensor {name} in {path} has {end - start} bytes, "
-            f"{layout.dtype.name}{list(layout.shape)} needs {promised}"
+            f"tensor {name} in {path} has {end - start} bytes at {start}, "
+            f"{layout.dtype.name}{list(layout.shape)} needs {size_of(layout)}"
         )
     return _Entry(path, layout, origin + start)
 
