@@ -220,7 +220,7 @@ def _range(value: Any, where: str) -> tuple[int, int]:
     ends = [
         fields.whole(v, at) for at, v in fields.entries(value, where, "two numbers")
     ]
-    if len(ends) != 2 or not 0 <= ends[0] < ends[1]:
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
         raise ValueError(
             f"{where}: found {value}; [first, end] with 0 <= first < end was expected"
         )

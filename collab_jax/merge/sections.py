@@ -90,6 +90,12 @@ def sliced(
     >>> sliced([group, group], [[(0, 2)], [(1, 2)]], "slices").layers
     (('a', 0), ('a', 1), ('a', 1))
     """
+    if part and not any(model.structure.stacks for model in groups[0].models):
+        loose = [
+            *_loose(groups[0], layout.before_layers),
+            *_loose(groups[-1], lambda name: not layout.before_layers(name)),
+        ]
+        return Section(tuple(loose))  # a module without layers
     stacks = {
         model.key: _main(model, where, part)
         for group in groups
@@ -103,8 +109,12 @@ def sliced(
                 "models of one architecture can be merged"
             )
     for group, own in zip(groups, ranges, strict=True):
-        for place, model, (_, end) in zip(group.places, group.models, own, strict=True):
+        for place, model, (first, end) in zip(
+            group.places, group.models, own, strict=True
+        ):
             count = len(model.structure.stacks[prefix])
+            if first == end:
+                raise ValueError(f"{place}.layer_range: [{first}, {end}] is empty")
             if end > count:
                 raise ValueError(
                     f"{place}.layer_range: ends at {end}, {model.key} has {count} "
