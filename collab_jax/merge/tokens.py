@@ -7,6 +7,8 @@ from collab_jax.merge.reference import Reference, parse
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # known by name
 
+_SOURCE = ("kind", "model", "token", "token_id", "lora", "override_architecture")
+
 
 class Row(NamedTuple):
     """The embedding of a token of a model, given by text or by number."""
@@ -104,6 +106,8 @@ def _token(name: Any, value: Any) -> Token:
     place = f"{where}.source"
     if source is None:
         return Token(force=force)
+    if isinstance(source, dict):
+        fields.mapping(source, place, _SOURCE)
     if not isinstance(source, dict) or "kind" not in source:
         return Token(parse(source, place), force=force)
     if source["kind"] == "zero":
