@@ -20,7 +20,7 @@ from rich.table import Table
 
 from collab_jax import combine, decode, finetune, packing, pool, score, tree, warp
 from collab_jax.lm import LM, Backbone, Params, language_model
-from collab_jax.merge import recipes, stack
+from collab_jax.merge import averages, memory
 from collab_jax.models import lora
 
 QUESTIONS = ("Why is the sky blue?", "Name three large rivers.")
@@ -265,7 +265,7 @@ def _tour(voices: Sequence[Voice], new: int, steps: int, say: Callable) -> list[
     show("contrast: variant - model", voice, outcome, check, held)
 
     say("the average of the parameters")
-    average = stack.merge(recipes.soup(), None, [params, whole])
+    average = memory.merge(averages.soup(), None, [params, whole])
     halved = lora.materialise(params, adapter, SCALE / 2)
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), average, halved)
     worst = max(jax.tree.leaves(gaps))

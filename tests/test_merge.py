@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from collab_jax import mesh
-from collab_jax.merge import recipes
+from collab_jax.merge import averages, recipes
 from collab_jax.merge.agree import disjoint_mean, elect_sign
 from collab_jax.merge.memory import merge
 from collab_jax.merge.sparsify import drop_and_rescale, trim, trim_whole
@@ -114,7 +114,7 @@ def test_trim_leaf_by_leaf(density):
 def test_soup_and_task_arithmetic():
     base, experts = trees(3)
     rows = np.stack([vector(expert) for expert in experts])
-    found = vector(merge(recipes.soup(), None, experts, WEIGHTS))
+    found = vector(merge(averages.soup(), None, experts, WEIGHTS))
     np.testing.assert_allclose(found, np.average(rows, 0, WEIGHTS), atol=1e-6)
     found = vector(merge(recipes.task_arithmetic(0.3), base, experts, WEIGHTS))
     expected = vector(base) + 0.3 * np.asarray(WEIGHTS) @ deltas(base, experts)
@@ -137,7 +137,7 @@ def test_dare_keeps_the_mean_and_draws_by_name():
 
 
 MERGES = {
-    "soup": recipes.soup(),
+    "soup": averages.soup(),
     "task arithmetic": recipes.task_arithmetic(0.3),
     "ties": recipes.ties(0.3),
     "dare": recipes.dare(0.5),
@@ -231,10 +231,12 @@ def test_gradients_with_masks_held_fixed():
 def test_types_are_the_base_s():
     base, experts = trees(2, dtype=jnp.bfloat16)
     counter = {"step": jnp.array(3)}
-    found = merge(recipes.soup(), base | counter, [e | counter for e in experts])
+    found = merge(averages.soup(), base | counter, [e | counter for e in experts])
     assert found["c"].dtype == jnp.bfloat16
     assert found["step"].dtype == counter["step"].dtype
-    exact = merge(recipes.soup(), None, [jax.tree.map(jnp.float32, e) for e in experts])
+    exact = merge(
+        averages.soup(), None, [jax.tree.map(jnp.float32, e) for e in experts]
+    )
     expected = vector(jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
     gap = abs(vector({k: v for k, v in found.items() if k != "step"}) - expected)
     # base + mean of differences rounds once more than the mean itself

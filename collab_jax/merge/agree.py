@@ -1,10 +1,16 @@
-"""Parts that make the deltas agree on a sign, and average those that agree.
+"""Parts in which deltas meet: they agree on a sign, share positions, or compete.
 
 Shapes: N experts, S the shape of a leaf.
 """
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
+from collab_jax.merge.magnitude import among_largest, kept
+from collab_jax.merge.sparsify import check_share
 from collab_jax.merge.stack import Stack, total
 
 
@@ -19,7 +25,6 @@ def elect_sign(stack: Stack) -> Stack:
 
     Source: arXiv 2306.01708.
 
-    >>> import jax
     >>> deltas = jnp.array([2.0, -1.0]), jnp.array([-1.0, -3.0])
     >>> found = elect_sign(Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0)))
     >>> [delta.tolist() for delta in found.deltas]
@@ -27,11 +32,11 @@ def elect_sign(stack: Stack) -> Stack:
     """
     moved = [w * d for w, d in zip(stack.weights, stack.deltas, strict=True)]
     positive = total(moved) >= 0
-    kept = tuple(
+    agree = tuple(
         jnp.where(jnp.where(positive, m > 0, m < 0), d, 0)
         for m, d in zip(moved, stack.deltas, strict=True)
     )
-    return stack._replace(deltas=kept)
+    return stack._replace(deltas=agree)
 
 
 def disjoint_mean(stack: Stack) -> Stack:
@@ -44,7 +49,6 @@ def disjoint_mean(stack: Stack) -> Stack:
 
     Source: arXiv 2306.01708.
 
-    >>> import jax
     >>> deltas = jnp.array([2.0, 0.0]), jnp.array([4.0, -3.0])
     >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
     >>> [weight.tolist() for weight in disjoint_mean(stack).weights]
@@ -57,3 +61,105 @@ def disjoint_mean(stack: Stack) -> Stack:
     whole = total(weights)
     whole = jnp.where(whole == 0, 1, whole)
     return stack._replace(weights=tuple(weight / whole for weight in weights))
+
+
+def shared_by(count: int) -> Callable[[Stack], Stack]:
+    """Zeroes the entries that fewer than `count` deltas have; a consensus of masks.
+
+    `delta'_n = delta_n [#{m : delta_m != 0} >= count]`
+
+    Args:
+      count: at least 1.
+
+    Source: Consensus merging, arXiv 2405.07813, there after TALL masks.
+
+    >>> deltas = jnp.array([2.0, 0.0]), jnp.array([4.0, -3.0])
+    >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
+    >>> [delta.tolist() for delta in shared_by(2)(stack).deltas]
+    [[2.0, 0.0], [4.0, 0.0]]
+    """
+
+    def apply(stack: Stack) -> Stack:
+        enough = total((delta != 0).astype(jnp.int32) for delta in stack.deltas)
+        shared = (jnp.where(enough >= count, delta, 0) for delta in stack.deltas)
+        return stack._replace(deltas=tuple(shared))
+
+    return apply
+
+
+def largest(stack: Stack) -> Stack:
+    """Keeps at each position the delta of largest magnitude; the later one of equals.
+
+    `delta'_n = delta_n [n = argmax_m |delta_m|]`
+
+    Args:
+      stack: one leaf.
+
+    Source: MagMax, arXiv 2407.06322.
+
+    >>> deltas = jnp.array([2.0, -1.0, 1.0]), jnp.array([-1.0, -3.0, -1.0])
+    >>> found = largest(Stack(jnp.zeros(3), deltas, (1.0, 1.0), jax.random.key(0)))
+    >>> [delta.tolist() for delta in found.deltas]
+    [[2.0, 0.0, 0.0], [0.0, -3.0, -1.0]]
+    """
+    sizes = [jnp.abs(delta) for delta in stack.deltas]
+    most = functools.reduce(jnp.maximum, sizes)
+    taken = jnp.zeros(stack.base.shape, bool)
+    winners = []
+    for delta, size in zip(reversed(stack.deltas), reversed(sizes), strict=True):
+        wins = (size == most) & ~taken
+        taken |= wins
+        winners.append(jnp.where(wins, delta, 0))
+    return stack._replace(deltas=tuple(reversed(winners)))
+
+
+def compete(density) -> Callable[[Stack], Stack]:
+    """Weights of a mean in which entries compete: within an expert and with the others.
+
+    `beta_n = softmax(N norm(delta_n^2)) * sum_m softmax(norm(delta_n delta_m))`, norm
+    from 0 to 1 and softmax over the entries of the leaf; the largest of each beta are
+    kept, the rest is zero; `w'_n = w_n beta_n / sum_m beta_m`, 0 where all are zero.
+
+    Args:
+      density: share of the entries to keep, in (0, 1].
+
+    Raises:
+      ValueError: for a density outside of (0, 1].
+
+    Source: PCB-Merging, arXiv 2410.02396 (there over the whole model, here leaf by
+    leaf).
+
+    >>> deltas = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, -2.0, 0.0])
+    >>> stack = Stack(jnp.zeros(3), deltas, (1.0, 1.0), jax.random.key(0))
+    >>> [[round(float(w), 2) for w in ws] for ws in compete(0.67)(stack).weights]
+    [[0.86, 0.12, 0.0], [0.14, 0.88, 0.0]]
+    """
+    check_share("density", density)
+
+    def apply(stack: Stack) -> Stack:
+        count = len(stack.deltas)
+        betas = []
+        for delta in stack.deltas:
+            inside = _softmax(count * _norm(jnp.square(delta)))
+            beside = total(_softmax(_norm(delta * other)) for other in stack.deltas)
+            beta = inside * beside
+            among = among_largest(beta, kept(density, beta.size))
+            betas.append(jnp.where(among, beta, 0))
+        whole = total(betas)
+        whole = jnp.where(whole == 0, 1, whole)
+        weights = zip(stack.weights, betas, strict=True)
+        return stack._replace(weights=tuple(w * beta / whole for w, beta in weights))
+
+    return apply
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """From 0 to 1; all 0 where all are equal."""
+    low, high = x.min(), x.max()
+    return (x - low) / jnp.where(high > low, high - low, 1)
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+    """Over all entries."""
+    exponentials = jnp.exp(x - x.max())
+    return exponentials / exponentials.sum()

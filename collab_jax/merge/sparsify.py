@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from collab_jax.merge import magnitude, noise
+from collab_jax.merge import magnitude, noise, rank
 from collab_jax.merge.magnitude import kept
-from collab_jax.merge.stack import Stack, Survey, Transform
+from collab_jax.merge.stack import Stack, Survey, Transform, total
 
 
 def check_share(name: str, value) -> None:
@@ -178,14 +178,133 @@ def drop(
     """
 
     def apply(stack: Stack) -> Stack:
-        drawn, rest = jax.random.split(stack.key)
+        drawn, rest = (noise.fold_in(stack.key, n) for n in range(2))
         shares = list(keep) * (len(stack.deltas) if len(keep) == 1 else 1)
         deltas = tuple(
-            rescale(
-                delta, noise.bernoulli(jax.random.fold_in(drawn, n), q, delta.shape)
-            )
+            rescale(delta, noise.bernoulli(noise.fold_in(drawn, n), q, delta.shape))
             for n, (delta, q) in enumerate(zip(stack.deltas, shares, strict=True))
         )
         return stack._replace(deltas=deltas, key=rest)
+
+    return apply
+
+
+def select_varying(share) -> Callable[[Stack], Stack]:
+    """Keeps the entries in which the experts differ most; the rest is zero.
+
+    Of M entries `max(1, int(share * M))` of largest variance over the experts are kept,
+    and those that are tied with the last of them.
+
+    Args:
+      share: of the entries to keep, in (0, 1].
+
+    Raises:
+      ValueError: for a share outside of (0, 1].
+
+    Source: the selection of SCE, arXiv 2408.07990.
+
+    >>> deltas = jnp.array([1.0, -3.0, 2.0]), jnp.array([1.0, 3.0, 1.0])
+    >>> stack = Stack(jnp.zeros(3), deltas, (1.0, 1.0), jax.random.key(0))
+    >>> [delta.tolist() for delta in select_varying(0.67)(stack).deltas]
+    [[0.0, -3.0, 2.0], [0.0, 3.0, 1.0]]
+    """
+    check_share("share", share)
+
+    def apply(stack: Stack) -> Stack:
+        count = len(stack.deltas)
+        middle = total(stack.deltas) / count
+        variance = total(jnp.square(delta - middle) for delta in stack.deltas) / count
+        mask = magnitude.among_largest(variance, kept(share, variance.size))
+        return stack._replace(
+            deltas=tuple(jnp.where(mask, delta, 0) for delta in stack.deltas)
+        )
+
+    return apply
+
+
+def keep_band(beta, gamma) -> Callable[[Stack], Stack]:
+    """Drops the entries of smallest and of largest magnitude of each delta.
+
+    Of M entries those with ranks from `int(beta M)` up to `M - int(gamma M)` are kept;
+    ties are ranked by position.
+
+    Args:
+      beta: share of the smallest to drop, at least 0.
+      gamma: share of the largest to drop, at least 0; `beta + gamma < 1`.
+
+    Raises:
+      ValueError: for shares outside of that.
+
+    Source: Model Breadcrumbs, arXiv 2312.06795.
+
+    >>> deltas = (jnp.array([1.0, -3.0, 2.0, 0.5]),)
+    >>> stack = Stack(jnp.zeros(4), deltas, (1.0,), jax.random.key(0))
+    >>> keep_band(0.5, 0.25)(stack).deltas[0].tolist()
+    [0.0, 0.0, 2.0, 0.0]
+    """
+    traced = any(isinstance(share, jax.core.Tracer) for share in (beta, gamma))
+    if not traced and not (beta >= 0 and gamma >= 0 and beta + gamma < 1):
+        raise ValueError(
+            f"beta = {beta} and gamma = {gamma} were given: shares from 0 that sum to "
+            "less than 1 are expected"
+        )
+
+    def floor(share, size: int):
+        if isinstance(share, jax.core.Tracer):
+            return jnp.floor(share * size).astype(jnp.int32)
+        return int(share * size)
+
+    def apply(stack: Stack) -> Stack:
+        size = stack.base.size
+        low, high = floor(beta, size), size - floor(gamma, size)
+        return stack._replace(
+            deltas=tuple(
+                jnp.where(rank.band(delta, low, high), delta, 0)
+                for delta in stack.deltas
+            )
+        )
+
+    return apply
+
+
+def drop_by_rank(density, epsilon) -> Callable[[Stack], Stack]:
+    """Drops entries at random, small ones of a row more often, and rescales the rest.
+
+    `delta'_i = m_i delta_i / p_i`, `m_i ~ Bernoulli(p_i)`; p_i rises from
+    `density - epsilon` for the smallest magnitude of a row (the last axis) to
+    `density + epsilon` for the largest; the mean is kept. A row of one has p = density.
+
+    Args:
+      density: mean share of the entries to keep.
+      epsilon: at least 0; `0 < density - epsilon`, `density + epsilon <= 1`.
+
+    Raises:
+      ValueError: for numbers outside of that.
+
+    Source: MagPrune of DELLA, arXiv 2406.11617.
+
+    >>> stack = Stack(jnp.zeros(2), (jnp.array([1.0, 3.0]),), (1.0,), jax.random.key(0))
+    >>> [float(x) for x in drop_by_rank(0.5, 0.5 - 1e-6)(stack).deltas[0]]  # p: 0 and 1
+    [0.0, 3.0]
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in (density, epsilon))
+    if not traced and not 0 <= epsilon < density <= 1 - epsilon:
+        raise ValueError(
+            f"density = {density} and epsilon = {epsilon} were given: density - "
+            "epsilon > 0 and density + epsilon <= 1 are expected"
+        )
+
+    def share(delta: jax.Array) -> jax.Array:
+        width = delta.shape[-1] if delta.ndim else 1
+        if width == 1:
+            return jnp.full(delta.shape, density, delta.dtype)
+        place = rank.ranks(delta).astype(delta.dtype) / (width - 1)
+        return (density - epsilon) + 2 * epsilon * place
+
+    def apply(stack: Stack) -> Stack:
+        shares = [share(delta) for delta in stack.deltas]
+        larger = (d / p for d, p in zip(stack.deltas, shares, strict=True))
+        dropped = drop(shares, lambda delta, mask: jnp.where(mask, delta, 0))
+        return dropped(stack._replace(deltas=tuple(larger)))
 
     return apply
