@@ -1,0 +1,410 @@
+"""Plans of merges: layers, heads, buffers, modules, stages, and every misfit's message.
+
+Parameters and sources are compared with mergekit's planner in tests/parity.
+"""
+
+import textwrap
+import time
+
+import pytest
+
+from collab_jax.io.safetensors import DTYPES, Layout
+from collab_jax.merge.config import read
+from collab_jax.merge.plan import plan
+from collab_jax.merge.stage import describe
+from collab_jax.merge.targets import ModelFacts
+from tests import merge_models as small
+
+LINEAR = (
+    "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+)
+
+
+def facts(shapes=None, dtype=small.F32, **config):
+    """A model of three layers, or of other shapes."""
+    shapes = small.llama() if shapes is None else shapes
+    return ModelFacts(small.layouts(shapes, dtype), small.config("llama") | config)
+
+
+def stages(text, **models):
+    """The plan of a text; models that are not given are all alike."""
+    merges = read(textwrap.dedent(text))
+    return plan(merges, lambda r: models.get(r.model.path, facts()))
+
+
+def targets(text, **models):
+    """The targets of the last stage by name."""
+    return {target.name: target for target in stages(text, **models)[-1].targets}
+
+
+def error(text, **models):
+    """What is said about models that do not fit."""
+    with pytest.raises(ValueError, match=":") as caught:
+        stages(text, **models)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_merge_has_one_target_per_tensor():
+    [stage] = stages(LINEAR)
+    assert [t.name for t in stage.targets] == list(small.llama())
+    embed, norm = stage.targets[0], stage.targets[-2]
+    assert [tuple(s) for s in embed.sources] == [("a", embed.name), ("b", embed.name)]
+    assert embed.knobs == {"normalize": True, "weight": (1.0, 1.0)}
+    assert (embed.vocabulary_axis, norm.vocabulary_axis) == (0, None)
+    assert (stage.donor, stage.base, stage.config, stage.layers) == ("a", None, {}, {})
+
+
+STACK = """
+    merge_method: passthrough
+    slices:
+    - sources: [{model: a, layer_range: [0, 2]}]
+    - sources: [{model: b, layer_range: [1, 3]}]
+    dtype: bfloat16
+    """
+
+
+def test_slices_number_layers_anew_and_config_follows():
+    kinds = {"layer_types": ["full", "sliding", "full"], "torch_dtype": "float32"}
+    [stage] = stages(STACK, a=facts(**kinds), b=facts(layer_types=["full"] * 3))
+    found = {t.name: t.sources for t in stage.targets}
+    at = "model.layers.{}.mlp.up_proj.weight"
+    froms = [tuple(found[at.format(i)][0]) for i in range(4)]
+    expected = [("a", 0), ("a", 1), ("b", 1), ("b", 2)]
+    assert froms == [(model, at.format(i)) for model, i in expected]
+    assert at.format(4) not in found
+    assert found["model.embed_tokens.weight"][0].model == "a"
+    assert found["model.norm.weight"][0].model == "b"
+    assert found["lm_head.weight"][0].model == "b"
+    assert stage.layers == {"": 4}
+    assert stage.config == {
+        "num_hidden_layers": 4,
+        "layer_types": ["full", "sliding", "full", "full"],
+        "torch_dtype": "bfloat16",
+    }
+
+
+def test_a_head_of_its_own_unties_the_result():
+    tied = facts(small.llama(head=False), tie_word_embeddings=True)
+    [stage] = stages(LINEAR, a=tied)
+    head = {t.name: t for t in stage.targets}["lm_head.weight"]
+    assert [s.name for s in head.sources] == ["model.embed_tokens.weight", head.name]
+    assert stage.config == {"tie_word_embeddings": False}
+    [stage] = stages(LINEAR, a=tied, b=tied)
+    assert "lm_head.weight" not in {t.name for t in stage.targets}
+    assert stage.config == {}
+    [stage] = stages(LINEAR, b=tied)  # the donor has its head and says nothing
+    assert stage.config == {}
+    said = error(LINEAR, b=facts(small.llama(head=False), tie_word_embeddings=False))
+    assert said.startswith("models[1]: lm_head.weight is missing from b, whose config")
+
+
+def test_buffers_are_copied():
+    extra = {
+        "model.rotary_emb.inv_freq": Layout(small.F32, (2,)),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": Layout(small.F32, (2,)),
+        "model.position_ids": Layout(small.INT, (1, 8)),
+    }
+    full = facts()._replace(layouts=small.layouts(small.llama()) | extra)
+    text = LINEAR + "out_dtype: float16\n"
+    found = targets(text, a=full, b=full)
+    for name in extra:
+        assert found[name].method == "copy"
+        assert found[name].layout == extra[name]
+        assert [s.model for s in found[name].sources] == ["a", "b"]
+    assert [s.model for s in targets(text, a=full)["model.position_ids"].sources] == [
+        "a"
+    ]
+    assert not set(targets(text, b=full)) & set(extra)
+    other = dict(full.layouts) | {"model.position_ids": Layout(small.INT, (1, 9))}
+    said = error(text, a=full, b=full._replace(layouts=other))
+    assert said.startswith(
+        "models[1]: the buffer model.position_ids is int64[1, 9] in b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "types", "expected"),
+    [
+        ("", ("F32", "F32"), "float32"),
+        ("", ("BF16", "BF16"), "bfloat16"),
+        ("", ("BF16", "F16"), "float32"),
+        ("", ("BF16", "F64"), "float64"),
+        ("dtype: float16\n", ("BF16", "F32"), "float16"),
+        ("dtype: float32\nout_dtype: bfloat16\n", ("F16", "F16"), "bfloat16"),
+    ],
+)
+def test_types_of_results(more, types, expected):
+    models = {n: facts(dtype=DTYPES[t]) for n, t in zip("ab", types, strict=True)}
+    found = targets(LINEAR + more, **models)
+    assert {t.layout.dtype.name for t in found.values()} == {expected}
+
+
+def test_a_method_that_widens():
+    text = "merge_method: arcee_fusion\nbase_model: a\nmodels: [{model: b}]\n"
+    half = facts(dtype=DTYPES["BF16"])
+    assert targets(text, a=half, b=half)["model.norm.weight"].layout.dtype == small.F32
+
+
+def test_a_base_alone_is_passed_through():
+    text = "merge_method: sce\nbase_model: a\nmodels: [{model: a}]\n"
+    norm = targets(text)["model.norm.weight"]
+    assert (norm.method, norm.base, norm.knobs) == (
+        "passthrough",
+        None,
+        {"scale": (None,)},
+    )
+
+
+def test_names_with_and_without_their_first_part():
+    shapes = {name: small.gpt2(prefix=name) for name in ("transformer.", "")}
+    long, short = (ModelFacts(small.layouts(s), {}) for s in shapes.values())
+    found = targets(LINEAR, a=long, b=short)
+    assert set(found) == set(shapes["transformer."])
+    assert [s.name for s in found["transformer.h.0.ln_1.bias"].sources] == [
+        "transformer.h.0.ln_1.bias",
+        "h.0.ln_1.bias",
+    ]
+    found = targets(LINEAR, a=short, b=long)
+    assert set(found) == set(shapes[""])
+    assert found["wte.weight"].sources[1].name == "transformer.wte.weight"
+
+
+VISION = {"vision_config": {"num_hidden_layers": 2}, "text_config": {"n": 1}}
+
+
+def picture_model(layers=2):
+    """A language model with a vision tower and a projector."""
+    shapes = {f"language_model.{name}": s for name, s in small.llama(3).items()}
+    for i in range(layers):
+        shapes[f"vision_tower.encoder.layers.{i}.fc.weight"] = (4, 4)
+    shapes |= {"vision_tower.embeddings.patch_embedding.weight": (4, 4)}
+    shapes |= {"vision_tower.post_layernorm.weight": (4,)}
+    shapes |= {"multi_modal_projector.linear_1.weight": (4, 4)}
+    text = {"num_hidden_layers": 3, "vocab_size": small.ROWS}
+    config = {"text_config": text, "vision_config": {"num_hidden_layers": layers}}
+    return ModelFacts(small.layouts(shapes), config)
+
+
+MODULES = """
+    merge_method: passthrough
+    modules:
+      text_decoder:
+        slices:
+        - sources: [{model: a, layer_range: [0, 3]}]
+        - sources: [{model: a, layer_range: [2, 3]}]
+      vision_tower: {models: [{model: b}]}
+      multi_modal_projector: {models: [{model: a}]}
+    """
+
+
+def test_modules_are_planned_apart():
+    a, b = picture_model(), picture_model()
+    [stage] = stages(MODULES, a=a, b=b)
+    models = {t.name: t.sources[0].model for t in stage.targets}
+    assert len(models) == len(a.layouts) + 9
+    assert all((m == "b") == n.startswith("vision") for n, m in models.items())
+    assert stage.layers == {"text_decoder": 4}
+    assert stage.config == {"text_config.num_hidden_layers": 4}
+
+
+def test_modules_that_do_not_fit():
+    a = picture_model()
+    said = error(MODULES.replace("vision_tower", "vision_towr"), a=a, b=a)
+    assert said.startswith("modules.vision_towr: unknown module 'vision_towr'; did you")
+    cut = MODULES.replace("multi_modal_projector: {models: [{model: a}]}", "")
+    assert "such as multi_modal_projector" in error(cut, a=a, b=a)
+    said = error(STACK, a=a, b=a)
+    assert "several stacks of layers" in said
+    assert "use modules" in said
+
+
+def test_stages_build_on_results():
+    text = """
+        name: taller
+        merge_method: passthrough
+        slices:
+        - sources: [{model: a, layer_range: [0, 3]}]
+        - sources: [{model: a, layer_range: [1, 2]}]
+        out_dtype: float16
+        ---
+        merge_method: linear
+        models: [{model: taller}, {model: b}]
+        parameters: {weight: 1}
+        """
+    asked = []
+    four = ModelFacts(small.layouts(small.llama(4)), small.config("llama", 4))
+
+    def layouts(reference):
+        asked.append(reference.model.path)
+        return four if reference.model.path == "b" else facts()
+
+    first, last = plan(read(textwrap.dedent(text)), layouts)
+    assert asked == ["a", "b"]
+    assert (first.name, last.earlier) == ("taller", {"taller": "taller"})
+    assert len(last.targets) == len(small.llama(4))
+    assert last.config == {}  # the donor is the stage, whose config has four layers
+    with pytest.raises(ValueError, match=r"document 2: models\[1\]: b has 3 layers"):
+        stages(text)
+
+
+def test_rows_of_tokens_need_a_tokenizer():
+    wide = facts(small.llama(rows=14), vocab_size=14)
+    said = error(LINEAR, b=wide)
+    assert said.startswith(
+        "models[1]: model.embed_tokens.weight is [14, 4] in b and [12"
+    )
+    assert "set tokenizer" in said
+    found = targets(LINEAR + "tokenizer: {source: union}\n", b=wide)
+    assert [n for n, t in found.items() if t.vocabulary_axis == 0] == [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ]
+    assert "rows for unequal numbers of tokens" in error(STACK, b=wide)
+
+
+def renamed(old, new):
+    """A model with one tensor under another name, or without it."""
+    shapes = small.llama()
+    shape = shapes.pop(old)
+    return facts(shapes | ({new: shape} if new else {}))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MISFITS = {
+    "missing": (LINEAR, renamed(UP, None), f"models[1]: tensor {UP} is missing from b"),
+    "renamed": (
+        LINEAR,
+        renamed(UP, "model.layers.1.mlp.upp.weight"),
+        "models[1]: b has the tensor model.layers.1.mlp.upp.weight, which a lacks",
+    ),
+    "more": (
+        LINEAR,
+        facts(small.llama() | {"score.weight": (2, 4)}),
+        "models[1]: b has the tensor score.weight, which a lacks",
+    ),
+    "no norm": (
+        LINEAR,
+        renamed("model.norm.weight", None),
+        "models[1]: tensor model.norm.weight is missing from b and needed to match a; "
+        "the closest there is ",
+    ),
+    "wider": (
+        LINEAR,
+        facts(small.llama(width=8)),
+        "models[1]: model.embed_tokens.weight",
+    ),
+    "another shape": (
+        LINEAR,
+        facts(small.llama() | {UP: (4, 8)}),
+        f"models[1]: {UP} is [4, 8] in b and [8, 4] in a; only models",
+    ),
+    "deeper": (
+        LINEAR,
+        facts(small.llama(4)),
+        "models[1]: b has 4 layers in model.layers",
+    ),
+    "a gap": (
+        LINEAR,
+        facts({n: s for n, s in small.llama().items() if ".1." not in n}),
+        "b: layer 1 of model.layers is missing",
+    ),
+    "empty": (LINEAR, facts({}), "b: the checkpoint holds no tensors"),
+    "out of bounds": (
+        STACK,
+        facts(small.llama(2)),
+        "slices[1].sources[0].layer_range: ends at 3, b has 2 layers",
+    ),
+    "an empty slice": (
+        STACK.replace("[1, 3]", "[1, 1]"),
+        facts(),
+        "slices[1].sources[0].layer_range: [1, 1] is empty",
+    ),
+    "no layers": (STACK, facts({"norm.weight": (4,)}), "slices: b has no layers"),
+    "another family": (
+        STACK,
+        ModelFacts(small.layouts(small.gpt2()), {}),
+        "slices: the layers of b are transformer.h, others are model.layers",
+    ),
+    "no weight": (
+        LINEAR.replace("parameters: {weight: 1}", ""),
+        facts(),
+        "models[0].parameters.weight: is required and missing (for model.embed_tokens",
+    ),
+    "no weight of the base": (
+        "merge_method: linear\nbase_model: b\n"
+        "models: [{model: a, parameters: {weight: 1}}]\n",
+        facts(),
+        "base_model is one more source of linear, name it there too; base_model.param",
+    ),
+    "no filter matches": (
+        LINEAR.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"),
+        facts(),
+        "parameters.weight: no filter matches the tensor model.embed_tokens.weight",
+    ),
+    "a gradient of a whole number": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {max_iter: [1, 2]}\n",
+        facts(),
+        "parameters.max_iter: the gradient gives 1.5 for a layer; a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_misfits_are_told_where_they_are(name):
+    text, model, said = MISFITS[name]
+    assert error(text, b=model).startswith(said)
+
+
+def test_a_misfit_in_a_slice_names_the_layer():
+    text = """
+        merge_method: linear
+        slices:
+        - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [1, 3]}]
+        parameters: {weight: 1}
+        """
+    name = "model.layers.2.mlp.up_proj.weight"
+    said = error(text, b=renamed(name, None))
+    assert said.startswith(f"slices[0].sources[1]: tensor {name} is missing from b")
+
+
+def test_what_configs_say_otherwise_is_told():
+    [stage] = stages(LINEAR, a=facts(rope_theta=1e4), b=facts(rope_theta=1e6))
+    assert stage.notes == (
+        "rope_theta is 1000000.0 in b and 10000.0 in a, whose config.json the result "
+        "takes",
+    )
+
+
+def test_a_plan_in_words():
+    lines = describe(stages(STACK)[0]).splitlines()
+    assert lines[0] == "passthrough of 2 models: a, b"
+    assert "  39 tensors by passthrough" in lines
+    assert "  4 layers in the model" in lines
+    assert "  config.json: num_hidden_layers becomes 4" in lines
+
+
+def test_twenty_thousand_tensors_in_three_seconds():
+    shapes = dict.fromkeys(
+        (
+            f"model.layers.{i}.mlp.experts.{j}.{name}_proj.weight"
+            for i in range(52)
+            for j in range(128)
+            for name in ("up", "gate", "down")
+        ),
+        (8, 4),
+    )
+    model = facts(small.llama(52) | shapes)
+    text = """
+        merge_method: ties
+        base_model: a
+        models: [{model: b}, {model: c}]
+        parameters:
+          weight: [{filter: up, value: [0, 1]}, {value: 1}]
+          density: [0.2, 0.8]
+        """
+    start = time.perf_counter()
+    [stage] = stages(text, a=model, b=model, c=model)
+    assert len(stage.targets) == len(model.layouts) > 20_000
+    assert time.perf_counter() - start < 6  # 1.5 s on one of two busy cores
