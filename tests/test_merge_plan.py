@@ -404,7 +404,7 @@ def test_twenty_thousand_tensors_in_three_seconds():
           weight: [{filter: up, value: [0, 1]}, {value: 1}]
           density: [0.2, 0.8]
         """
-    start = time.perf_counter()
+    start = time.process_time()
     [stage] = stages(text, a=model, b=model, c=model)
     assert len(stage.targets) == len(model.layouts) > 20_000
-    assert time.perf_counter() - start < 6  # 1.5 s on one of two busy cores
+    assert time.process_time() - start < 3  # about 1 s

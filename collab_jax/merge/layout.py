@@ -143,7 +143,7 @@ def is_buffer(name: str, layout: Layout) -> bool:
     >>> is_buffer("h.0.attn.bias", Layout(np.dtype("float32"), (8,)))
     False
     """
-    floating = "float" in layout.dtype.name
+    floating = layout.dtype.kind not in "iub"
     mask = len(layout.shape) == 4 and bool(_MASK.search(name))
     return not floating or mask or bool(_BUFFER.search(name))
 

@@ -162,7 +162,10 @@ def target(group: Group, name: str, inputs: Sequence[str], t: float) -> Target |
     like = layouts[first] or next((x for x in layouts if x is not None), None)
     if like is None:
         raise _missing(group, first, inputs[first])
-    if any(x is not None and layout.is_buffer(name, x) for x in layouts):
+    differing = (x for x in layouts if x is not None and x != like)
+    if layout.is_buffer(name, like) or any(
+        layout.is_buffer(name, x) for x in differing
+    ):
         return _buffer(group, name, found, layouts, like)
     for i, own in enumerate(found):
         if own is None:
