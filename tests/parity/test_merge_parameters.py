@@ -6,6 +6,7 @@ sources and its base, and which tensor of which checkpoint each source is.
 
 import json
 import logging
+import random
 import textwrap
 import warnings
 
@@ -305,6 +306,54 @@ def test_plans_are_mergekits(name):
         assert made[tensor] == expected[tensor], tensor
 
 
+def drawn(seed):
+    """A merge of random slices, with random settings on random levels."""
+    draw = random.Random(seed)
+
+    def value():
+        numbers = [round(draw.uniform(-1, 2), 3) for _ in range(draw.randint(1, 4))]
+        return numbers if draw.random() < 0.6 else numbers[0]
+
+    def settings(*names):
+        found = {}
+        for name in names:
+            if draw.random() < 0.5:
+                continue
+            found[name] = value()
+            if draw.random() < 0.5:
+                parts = ["mlp", "layers.1", "q_proj", "norm", "*", "lm_head", "embed"]
+                rules = [
+                    {"filter": part, "value": value()}
+                    for part in draw.sample(parts, draw.randint(1, 3))
+                ]
+                more = [{"value": value()}] * draw.randint(0, 1)
+                found[name] = rules + more
+        return {"parameters": found}
+
+    method = draw.choice(["linear", "task_arithmetic", "ties"])
+    own = ("weight",) if method == "linear" else ("weight", "density")
+    shared = () if method == "linear" else ("lambda",)
+    slices = []
+    for _ in range(draw.randint(1, 3)):
+        length = draw.randint(1, 3)
+        sources = []
+        for model in ["a", *draw.sample(["b", "c", "deep"], 2)]:
+            start = draw.randint(0, (5 if model == "deep" else 3) - length)
+            source = {"model": model, "layer_range": [start, start + length]}
+            sources.append(source | settings(*own))
+        draw.shuffle(sources)
+        slices.append({"sources": sources} | settings(*own, *shared))
+    merge = {"merge_method": method, "slices": slices, "base_model": "a"}
+    rest = settings(*own[1:], *shared)["parameters"]  # a weight for all that have none
+    return yaml.safe_dump(merge | {"parameters": {"weight": value()} | rest})
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_plans_are_mergekits(seed):
+    text = drawn(seed)
+    assert ours(text) == theirs(text)
+
+
 def test_a_gradient_read_elsewhere_is_noticed():
     """Control: a final norm read at t = 1 would not pass."""
     made, expected = ours(PLANS["gradients"]), theirs(PLANS["gradients"])
@@ -417,3 +466,89 @@ def test_names_tell_what_mergekits_tables_say():
                         assert tied_to(name, [prefix + other]) == prefix + other
                     checked += 1
     assert checked > 150
+
+
+LINEAR = {"merge_method": "linear", "models": [{"model": "a"}]}
+SLICED = {"model": "a", "layer_range": [0, 2]}
+
+
+def parameter(value):
+    return LINEAR | {"parameters": {"weight": value}}
+
+
+def ranged(value):
+    sources = [SLICED | {"layer_range": value}]
+    return {"merge_method": "linear", "slices": [{"sources": sources}]}
+
+
+def tokens(**value):
+    return LINEAR | {"tokenizer": value}
+
+
+BOTH_TAKE = [
+    *map(parameter, [1, "1", "1e-5", True, [1, 2], [True, 1], {"value": [0, 1]}]),
+    *map(parameter, [[{"value": 1, "filter": "x"}], {"value": 1, "filter": None}]),
+    *map(ranged, [[0, 2], ["0", "2"], [0, 2.0], (1, 2), [0, 0]]),
+    *(LINEAR | {"tokenizer_source": x} for x in ("union", "base", "x@r", None)),
+    *(LINEAR | {"base_model": {"model": x}} for x in ("x", {"path": "x"})),
+    *(tokens(**x) for x in ({}, {"source": "x"}, {"pad_to_multiple_of": "8"})),
+    tokens(tokens={"x": {}, "y": {"source": {"kind": "zero"}, "force": "yes"}}),
+    tokens(
+        tokens={"x": {"source": {"kind": "model_token", "model": "m", "token": ""}}}
+    ),
+    LINEAR | {"parameters": None, "slices": [], "modules": {}, "dtype": ""},
+]
+BOTH_REFUSE = [
+    *map(parameter, [None, [[1]], [{"value": 1}, 2], {"filter": "x"}, {"value": None}]),
+    *map(parameter, [{"value": 1, "filter": 3}, {"value": {"value": 1}}]),
+    *map(ranged, [[0], [0, 1, 2], "0,2", None, [0, 2.5]]),
+    *(LINEAR | {"base_model": x} for x in (3, "a@b@c", "a+b+c", {"path": "x"})),
+    tokens(tokens={"x": None}),
+    tokens(tokens={1: {"source": "m"}}),
+    LINEAR | {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
+    LINEAR | {"models": None},
+    LINEAR | {"slices": [{"sources": [SLICED]}]},
+    LINEAR | {"models": ["a"]},
+    LINEAR | {"models": [{}]},
+    {"models": [{"model": "a"}]},
+]
+ONLY_WE_REFUSE = [  # nothing comes of these: ignored there, or failing in the midst
+    parameter([]),
+    parameter([1, "a"]),
+    tokens(tokens={"x": {"source": {"kind": "model_token", "model": "m"}}}),
+    ranged([2, 0]),
+    ranged([-1, 2]),
+    LINEAR | {"dtype": "float99"},
+    LINEAR | {"modles": []},
+    LINEAR | {"merge_method": "linaer"},
+    LINEAR | {"models": [{"model": "a", "weight": 1}]},
+    LINEAR | {"models": [{"model": "a"}, {"model": "a"}]},
+]
+
+
+def accepts(merge):
+    try:
+        MergeConfiguration.model_validate(merge)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("merge", BOTH_TAKE, ids=str)
+def test_what_mergekit_takes(merge):
+    assert accepts(merge)
+    assert len(read(json.dumps(merge))) == 1
+
+
+@pytest.mark.parametrize("merge", BOTH_REFUSE, ids=str)
+def test_what_mergekit_refuses(merge):
+    assert not accepts(merge)
+    with pytest.raises(ValueError, match=r"\w"):
+        read(yaml.safe_dump(merge))
+
+
+@pytest.mark.parametrize("merge", ONLY_WE_REFUSE, ids=str)
+def test_what_mergekit_does_not_notice(merge):
+    assert accepts(merge)
+    with pytest.raises(ValueError, match=r"\w"):
+        read(yaml.safe_dump(merge))
