@@ -1,10 +1,15 @@
 """Small checkpoints for tests of merge plans: names and shapes of known families."""
 
 import json
+import textwrap
 
 import numpy as np
+import pytest
 
 from collab_jax.io.safetensors import DTYPES, Layout, write
+from collab_jax.merge.config import read
+from collab_jax.merge.plan import plan
+from collab_jax.merge.targets import ModelFacts
 
 F32, INT = DTYPES["F32"], DTYPES["I64"]
 WIDTH, ROWS = 4, 12
@@ -112,3 +117,35 @@ def save(folder, shapes, config, dtype=F32):
     zeros = (np.zeros(shape, dtype) for shape in shapes.values())
     write(folder / "model.safetensors", table, zeros)
     return folder
+
+
+LINEAR = (
+    "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+)
+STACK = """
+    merge_method: passthrough
+    slices:
+    - sources: [{model: a, layer_range: [0, 2]}]
+    - sources: [{model: b, layer_range: [1, 3]}]
+    dtype: bfloat16
+    """
+
+
+def facts(shapes=None, dtype=F32, **more):
+    """A model of three layers, or of other shapes."""
+    shapes = llama() if shapes is None else shapes
+    return ModelFacts(layouts(shapes, dtype), config("llama") | more)
+
+
+def stages(text, **models):
+    """The plan of a text; models that are not given are all alike."""
+    merges = read(textwrap.dedent(text))
+    return plan(merges, lambda r: models.get(r.model.path, facts()))
+
+
+def error(text, **models):
+    """What is said about models that do not fit."""
+    with pytest.raises(ValueError, match=":") as caught:
+        stages(text, **models)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -1,4 +1,4 @@
-"""Plans of merges: layers, heads, buffers, modules, stages, and every misfit's message.
+"""Plans of merges: layers, heads, buffers, modules, stages.
 
 Parameters and sources are compared with mergekit's planner in tests/parity.
 """
@@ -14,35 +14,12 @@ from collab_jax.merge.plan import plan
 from collab_jax.merge.stage import describe
 from collab_jax.merge.targets import ModelFacts
 from tests import merge_models as small
-
-LINEAR = (
-    "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
-)
-
-
-def facts(shapes=None, dtype=small.F32, **config):
-    """A model of three layers, or of other shapes."""
-    shapes = small.llama() if shapes is None else shapes
-    return ModelFacts(small.layouts(shapes, dtype), small.config("llama") | config)
-
-
-def stages(text, **models):
-    """The plan of a text; models that are not given are all alike."""
-    merges = read(textwrap.dedent(text))
-    return plan(merges, lambda r: models.get(r.model.path, facts()))
+from tests.merge_models import LINEAR, STACK, error, facts, stages
 
 
 def targets(text, **models):
     """The targets of the last stage by name."""
     return {target.name: target for target in stages(text, **models)[-1].targets}
-
-
-def error(text, **models):
-    """What is said about models that do not fit."""
-    with pytest.raises(ValueError, match=":") as caught:
-        stages(text, **models)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_merge_has_one_target_per_tensor():
@@ -53,15 +30,6 @@ def test_a_merge_has_one_target_per_tensor():
     assert embed.knobs == {"normalize": True, "weight": (1.0, 1.0)}
     assert (embed.vocabulary_axis, norm.vocabulary_axis) == (0, None)
     assert (stage.donor, stage.base, stage.config, stage.layers) == ("a", None, {}, {})
-
-
-STACK = """
-    merge_method: passthrough
-    slices:
-    - sources: [{model: a, layer_range: [0, 2]}]
-    - sources: [{model: b, layer_range: [1, 3]}]
-    dtype: bfloat16
-    """
 
 
 def test_slices_number_layers_anew_and_config_follows():
@@ -261,112 +229,6 @@ def test_rows_of_tokens_need_a_tokenizer():
         "lm_head.weight",
     ]
     assert "rows for unequal numbers of tokens" in error(STACK, b=wide)
-
-
-def renamed(old, new):
-    """A model with one tensor under another name, or without it."""
-    shapes = small.llama()
-    shape = shapes.pop(old)
-    return facts(shapes | ({new: shape} if new else {}))
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-MISFITS = {
-    "missing": (LINEAR, renamed(UP, None), f"models[1]: tensor {UP} is missing from b"),
-    "renamed": (
-        LINEAR,
-        renamed(UP, "model.layers.1.mlp.upp.weight"),
-        "models[1]: b has the tensor model.layers.1.mlp.upp.weight, which a lacks",
-    ),
-    "more": (
-        LINEAR,
-        facts(small.llama() | {"score.weight": (2, 4)}),
-        "models[1]: b has the tensor score.weight, which a lacks",
-    ),
-    "no norm": (
-        LINEAR,
-        renamed("model.norm.weight", None),
-        "models[1]: tensor model.norm.weight is missing from b and needed to match a; "
-        "the closest there is ",
-    ),
-    "wider": (
-        LINEAR,
-        facts(small.llama(width=8)),
-        "models[1]: model.embed_tokens.weight",
-    ),
-    "another shape": (
-        LINEAR,
-        facts(small.llama() | {UP: (4, 8)}),
-        f"models[1]: {UP} is [4, 8] in b and [8, 4] in a; only models",
-    ),
-    "deeper": (
-        LINEAR,
-        facts(small.llama(4)),
-        "models[1]: b has 4 layers in model.layers",
-    ),
-    "a gap": (
-        LINEAR,
-        facts({n: s for n, s in small.llama().items() if ".1." not in n}),
-        "b: layer 1 of model.layers is missing",
-    ),
-    "empty": (LINEAR, facts({}), "b: the checkpoint holds no tensors"),
-    "out of bounds": (
-        STACK,
-        facts(small.llama(2)),
-        "slices[1].sources[0].layer_range: ends at 3, b has 2 layers",
-    ),
-    "an empty slice": (
-        STACK.replace("[1, 3]", "[1, 1]"),
-        facts(),
-        "slices[1].sources[0].layer_range: [1, 1] is empty",
-    ),
-    "no layers": (STACK, facts({"norm.weight": (4,)}), "slices: b has no layers"),
-    "another family": (
-        STACK,
-        ModelFacts(small.layouts(small.gpt2()), {}),
-        "slices: the layers of b are transformer.h, others are model.layers",
-    ),
-    "no weight": (
-        LINEAR.replace("parameters: {weight: 1}", ""),
-        facts(),
-        "models[0].parameters.weight: is required and missing (for model.embed_tokens",
-    ),
-    "no weight of the base": (
-        "merge_method: linear\nbase_model: b\n"
-        "models: [{model: a, parameters: {weight: 1}}]\n",
-        facts(),
-        "base_model is one more source of linear, name it there too; base_model.param",
-    ),
-    "no filter matches": (
-        LINEAR.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"),
-        facts(),
-        "parameters.weight: no filter matches the tensor model.embed_tokens.weight",
-    ),
-    "a gradient of a whole number": (
-        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\n"
-        "parameters: {max_iter: [1, 2]}\n",
-        facts(),
-        "parameters.max_iter: the gradient gives 1.5 for a layer; a whole number",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_misfits_are_told_where_they_are(name):
-    text, model, said = MISFITS[name]
-    assert error(text, b=model).startswith(said)
-
-
-def test_a_misfit_in_a_slice_names_the_layer():
-    text = """
-        merge_method: linear
-        slices:
-        - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [1, 3]}]
-        parameters: {weight: 1}
-        """
-    name = "model.layers.2.mlp.up_proj.weight"
-    said = error(text, b=renamed(name, None))
-    assert said.startswith(f"slices[0].sources[1]: tensor {name} is missing from b")
 
 
 def test_what_configs_say_otherwise_is_told():
