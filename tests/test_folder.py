@@ -180,6 +180,26 @@ def test_rules_of_the_index_are_told():
     assert "block_types is missing from one of the models" in notes[1]
     whole, notes = result_config(one, Change([(one, 0), (one, 1)]))
     assert (whole, notes) == (one, [])
+    begun, notes = result_config(one, Change([(one, 0)]))  # no layer has moved
+    assert (begun["block_types"], notes) == (["m"], [])
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"max_window_layers": 28}, False),
+        ({"max_window_layers": 1, "use_sliding_window": True}, True),
+        ({"decoder_sparse_step": 1}, False),
+        ({"decoder_sparse_step": 2}, True),
+        ({"first_k_dense_replace": 1}, True),
+        ({"sliding_window_pattern": 6, "layer_types": ["x", "y"]}, False),
+    ],
+)
+def test_rules_that_tell_no_layers_apart(rule, told):
+    """Every Qwen2 has a max_window_layers, and hardly one has windows."""
+    one = {"num_hidden_layers": 2, **rule}
+    _, notes = result_config(one, Change([(one, 1), (one, 0)]))
+    assert bool(notes) == told
 
 
 def test_the_text_part_of_a_larger_model():

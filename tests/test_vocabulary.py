@@ -312,6 +312,42 @@ def test_saved_union_encodes(members, tmp_path):
     ]
 
 
+def test_equal_tokenizers_are_read_once(members, tmp_path, monkeypatch):
+    from collab_jax.io import vocabulary as module
+
+    read = []
+    load = module.load_tokenizer
+    monkeypatch.setattr(
+        module, "load_tokenizer", lambda folder: read.append(folder) or load(folder)
+    )
+    twin = member(tmp_path, "twin", first())
+    made = vocabulary([*members, twin], None, Wish())
+    assert len(read) == 3
+    same = made.rows.models["twin"] == made.rows.models["a"]
+    assert same.all()
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_mapped_and_device_arrays(tmp_path, lazy):
+    """What a checkpoint gives is read-only and mapped; a tree holds jax arrays."""
+    import jax.numpy as jnp
+
+    from collab_jax.io import safetensors
+
+    x = np.arange(8, dtype=np.float32).reshape(4, 2).astype(ml_dtypes.bfloat16)
+    if lazy:
+        path = tmp_path / "x.safetensors"
+        safetensors.write(path, {"x": safetensors.Layout(x.dtype, x.shape)}, [x])
+        read = safetensors.open_file(path).read("x")
+    else:
+        read = jnp.asarray(x)
+    rows = Rows(3, {"a": np.array([3, -1]), "b": np.array([0, 1])}, None, {})
+    out = align(rows, {"a": read, "b": read})
+    assert out["a"].dtype == x.dtype
+    assert out["a"].tolist() == [[6, 7], [2, 3], [4, 5]]
+    assert out["b"].tolist() == [[0, 1], [2, 3], [1, 2]]
+
+
 def test_a_hole_in_the_ids(tmp_path):
     """Ids without a token have rows, like padding."""
     tokenizer = bpe(["a", "b"])

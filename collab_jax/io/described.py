@@ -124,8 +124,10 @@ def _set_layers(
         )
     depth, sources = text[key], [(_text(dict(c)), i) for c, i in layers]
     text[key] = len(layers)
-    if [i for _, i in layers] == list(range(depth)):
+    indices = [i for _, i in layers]
+    if indices == list(range(depth)):
         return
+    moved = indices != list(range(len(layers)))
     for name, value in list(text.items()):
         if name in _INDICES and isinstance(value, list):
             text[name] = [
@@ -139,11 +141,20 @@ def _set_layers(
                 text[name] = [x[i] for x, (_, i) in zip(lists, sources, strict=True)]
             else:
                 notes.append(f"config.json: {name} is missing from one of the models")
-        elif name in _RULES and value and not text.get("layer_types"):
+        elif moved and name in _RULES and _counts(text, name, value):
             notes.append(
                 f"config.json: {name} = {value} goes by a layer's index; layers that "
                 "moved may be read wrongly"
             )
+
+
+def _counts(text: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a rule of the index tells layers apart, and no list does it instead."""
+    if name == "max_window_layers":
+        return bool(text.get("use_sliding_window")) and not text.get("layer_types")
+    if value == 1 and name != "first_k_dense_replace":  # every layer
+        return False
+    return bool(value) and not text.get("layer_types")
 
 
 def _of_tokens(key: str) -> bool:

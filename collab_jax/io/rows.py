@@ -70,6 +70,7 @@ def align(
     >>> out["a"].ravel().tolist(), out["b"].ravel().tolist()
     ([1.0, 2.0, 30.0], [10.0, 2.0, 30.0])
     """
+    tensors = {name: np.asarray(x) for name, x in tensors.items()}
     if axis:
         moved = {name: np.moveaxis(x, axis, 0) for name, x in tensors.items()}
         return {n: np.moveaxis(x, 0, axis) for n, x in align(rows, moved).items()}

@@ -3,6 +3,7 @@
 `collab_jax.io.rows` brings the matrices to it, `collab_jax.io.folder` writes it.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -97,7 +98,7 @@ def vocabulary(members: Sequence[Member], base: str | None, wanted: Wish) -> Voc
         )
     folders = {member.name: member for member in members}
     donor = _donor(folders, base, wanted.source)
-    made = {name: _load(member) for name, member in folders.items()}
+    made = _load_all(folders)
     notes: list[str] = []
     known = {
         name: _within(name, made[name], folders[name].rows, notes) for name in folders
@@ -151,6 +152,27 @@ def _donor(members: Mapping[str, Member], base: str | None, source: str) -> str:
             "base"
         )
     return source
+
+
+def _load_all(members: Mapping[str, Member]) -> dict[str, Any]:
+    """The tokenizers by name; equal files are read once, for it takes seconds."""
+    made, by_content = dict[str, Any](), dict[str, Any]()
+    for name, member in members.items():
+        digest = _digest(member.folder)
+        if digest not in by_content:
+            by_content[digest] = _load(member)
+        made[name] = by_content[digest]
+    return made
+
+
+def _digest(folder: Path) -> str:
+    """Of all files that a tokenizer may be made of."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken"):
+            total.update(path.name.encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def _load(member: Member) -> Any:
