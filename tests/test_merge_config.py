@@ -309,6 +309,12 @@ models: [{model: second+lora, parameters: {weight: 1}}]
 """
 
 
+def test_tokens_of_other_documents_are_uses():
+    last = "tokenizer: {source: second}\n---\n"
+    text = STAGES.replace("second+lora", "d").replace("---\n", last, 1)
+    assert [merge.name for merge in read(text)] == ["first", "second", None]
+
+
 def test_documents_follow_those_that_they_use():
     assert [merge.name for merge in read(STAGES)] == ["second", "first", None]
 

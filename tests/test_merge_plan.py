@@ -239,6 +239,15 @@ def test_what_configs_say_otherwise_is_told():
     )
 
 
+def test_experts_on_their_own_are_told():
+    name = "model.layers.{}.mlp.experts.0.up_proj.weight"
+    model = facts(small.llama() | {name.format(i): (4, 4) for i in range(3)})
+    ties = LINEAR.replace("linear", "ties") + "base_model: a\n"
+    [by_tensor], [by_element] = (stages(t, a=model, b=model) for t in (ties, LINEAR))
+    assert by_tensor.notes[0].startswith("each expert of a layer is merged on its own")
+    assert by_element.notes == ()
+
+
 def test_a_plan_in_words():
     lines = describe(stages(STACK)[0]).splitlines()
     assert lines[0] == "passthrough of 2 models: a, b"

@@ -12,7 +12,7 @@ on later:
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from collab_jax.merge import document, fields
+from collab_jax.merge import dependencies, document, fields, tokens
 from collab_jax.merge.group import Module, Slice, Source, check
 from collab_jax.merge.mergekit_table import TABLE, Spec
 from collab_jax.merge.parameters import Setting, setting
@@ -286,29 +286,8 @@ def _ordered(documents: list[Document]) -> tuple[Document, ...]:
             what = f"the name {merge.name}" if merge.name else "no name"
             raise ValueError(f"name: two documents have {what}; one may")
         names[merge.name] = merge
-    uses = {
-        merge.name: [r.model.path for r in references(merge) if r.model.path in names]
-        for merge in documents
-    }
-    used = {name for found in uses.values() for name in found}
-    ends = [merge.name for merge in documents if merge.name not in used]
-    if len(ends) > 1:
-        listed = ", ".join(name or "the document without a name" for name in ends)
-        raise ValueError(f"name: only one result can be wanted; nothing uses {listed}")
-    done: list[str | None] = []
-    open_: list[str | None] = []
-
-    def visit(name: str | None) -> None:
-        if name in open_:
-            circle = " -> ".join(str(n) for n in [*open_[open_.index(name) :], name])
-            raise ValueError(f"name: documents use each other in a circle: {circle}")
-        if name not in done:
-            open_.append(name)
-            for other in uses[name]:
-                visit(other)
-            open_.pop()
-            done.append(name)
-
-    for name in ends or list(names):
-        visit(name)
-    return tuple(names[name] for name in done)
+    uses = {}
+    for merge in documents:
+        models = [*references(merge), *tokens.references(merge.tokenizer)]
+        uses[merge.name] = [r.model.path for r in models if r.model.path in names]
+    return tuple(names[name] for name in dependencies.ordered(uses))

@@ -1,12 +1,16 @@
 """From documents to stages: which tensors are merged into what, before any is read.
 
-No tensor is read for it: names, types, shapes and config.json are enough.
+No tensor is read for it: names, types, shapes and config.json are enough. Tensors are
+those of the checkpoints, under their names there. mergekit 0.1.5 joins the experts of a
+layer into one tensor first, for the families it knows; here every expert is a tensor,
+which gives other thresholds and norms, and the plan says so.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from collab_jax.merge import layout, modules
+from collab_jax.merge import layout, modules, tokens
 from collab_jax.merge.config import Document, references
 from collab_jax.merge.edits import edited, edits
 from collab_jax.merge.group import Module
@@ -14,6 +18,10 @@ from collab_jax.merge.reference import Reference, show
 from collab_jax.merge.sections import Section, sliced, whole
 from collab_jax.merge.stage import Stage
 from collab_jax.merge.targets import Group, Model, ModelFacts, Target, group
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# methods for which it is the same whether tensors are joined or apart
+_BY_ELEMENT = ("linear", "task_arithmetic", "passthrough", "nearswap", "ram")
 
 
 def plan(
@@ -77,6 +85,7 @@ def _stage(merge: Document, facts: dict[str, ModelFacts], earlier: set[str]) -> 
     models = {show(model): model for model in references(merge)}
     if len(models) < len(references(merge)):
         raise ValueError("override_architecture: a model stands with and without it")
+    named = [*models.values(), *tokens.references(merge.tokenizer)]
     donor = next(iter(models))
     for key, fact in facts.items():
         if not fact.layouts:
@@ -95,12 +104,17 @@ def _stage(merge: Document, facts: dict[str, ModelFacts], earlier: set[str]) -> 
     )
     notes = [*merge.notes, *(n for s in sections.values() for n in s.notes), *notes]
     notes += _differences(facts, donor)
+    if merge.method not in _BY_ELEMENT and any(_EXPERT.search(t.name) for t in targets):
+        notes.append(
+            "each expert of a layer is merged on its own; mergekit 0.1.5 merges those "
+            f"of some families as one tensor, which is another merge by {merge.method}"
+        )
     return Stage(
         merge.name,
         merge.method,
         targets,
         models,
-        {k: m.model.path for k, m in models.items() if m.model.path in earlier},
+        {show(m): m.model.path for m in named if m.model.path in earlier},
         show(merge.base) if merge.base else None,
         donor,
         merge.dtype,

@@ -22,7 +22,8 @@ class Stage(NamedTuple):
     method: str
     targets: tuple[Target, ...]
     models: dict[str, Reference]  # by key, in the order of the document, the base first
-    earlier: dict[str, str]  # key -> the stage whose result stands for that model
+    # key, also of a model for tokens -> the stage whose result stands for that model
+    earlier: dict[str, str]
     base: str | None  # key
     donor: str  # key of the model whose config.json and tokenizer the result takes
     dtype: str | None  # what inputs are cast to; None: as they are, promoted

@@ -72,6 +72,20 @@ def tokenizer(given: dict[str, Any]) -> Tokenizer | None:
     )
 
 
+def references(tokenizer: Tokenizer | None) -> list[Reference]:
+    """The models that a tokenizer, or rows of tokens, are taken from.
+
+    >>> found = Tokenizer(parse("b"), {"x": Token(parse("a")), "y": Token()})
+    >>> [reference.model.path for reference in references(found)]
+    ['b', 'a']
+    """
+    if tokenizer is None:
+        return []
+    sources = [token.source for token in tokenizer.tokens.values()]
+    models = [s.model if isinstance(s, Row) else s for s in sources]
+    return [m for m in (tokenizer.source, *models) if isinstance(m, Reference)]
+
+
 def chat_template(value: Any) -> str | None:
     """Reads `chat_template`: auto, the name of a known one, or the text of one.
 
