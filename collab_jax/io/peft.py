@@ -7,7 +7,6 @@ block. All modules of a file have one rank: smaller ones are filled with zeros.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from collab_jax.io.names import Rule, canonical, rules
+from collab_jax.io.peft_settings import FOREWORD, read_settings, scale_of
 from collab_jax.io.safetensors import Layout, open_file, write
 from collab_jax.lm import Params
 from collab_jax.models.config import Config
-
-FOREWORD = "base_model.model."
-UNREAD = {  # what would change the meaning and is not read -> its neutral value
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_parameters": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "arrow_config": None,
-    "monteclora_config": None,
-}
 
 
 def load_adapter(
@@ -75,10 +55,7 @@ def load_adapter(
     (['layers_0/attention/q/kernel/a', 'layers_0/attention/q/kernel/b'], 2.0)
     """
     folder = Path(folder)
-    settings = _settings(folder / "adapter_config.json")
-    scale = settings["lora_alpha"] / (
-        math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"]
-    )
+    scale = scale_of(read_settings(folder / "adapter_config.json"), "")
     file = open_file(folder / "adapter_model.safetensors")
     modules = _modules(config)
     adapter: dict[str, Any] = {}
@@ -185,25 +162,6 @@ def save_adapter(
         out.flush()
         os.fsync(out.fileno())
     partial.replace(path)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder of an adapter has it")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path} says peft_type {settings.get('peft_type')!r}: 'LORA' is expected"
-        )
-    for name, neutral in UNREAD.items():
-        if (settings.get(name) or neutral) != neutral:
-            raise ValueError(
-                f"{path} says {name} = {settings[name]!r}: only plain LoRA is read"
-            )
-    return settings
 
 
 def _modules(config: Config) -> dict[str, Rule]:
