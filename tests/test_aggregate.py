@@ -29,7 +29,7 @@ def updates():
 
 
 def test_a_plain_sum_with_equal_weights_is_fedavg():
-    """Clients descend their own quadratics; the server takes the mean of their steps."""
+    """Clients descend their own quadratics; the server averages their steps."""
     targets = jnp.array([[1.0, 0.0], [0.0, 2.0], [5.0, 1.0]])
     params = {"x": jnp.array([3.0, -1.0])}
     server = optax.chain(
