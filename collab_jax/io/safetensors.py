@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,13 +93,11 @@ def open_folder(folder: str | Path) -> Checkpoint:
     ['x', 'y']
     """
     folder = Path(folder)
-    single, index = (
-        folder / "model.safetensors",
-        folder / "model.safetensors.index.json",
-    )
+    single = folder / "model.safetensors"
+    listing = folder / "model.safetensors.index.json"
     if single.exists():
         return open_file(single)
-    if not index.exists():
+    if not listing.exists():
         others = sorted(p.name for p in folder.glob("*.bin"))
         found = (
             f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
@@ -107,7 +106,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} holds no model.safetensors and no model.safetensors.index.json"
             + found
         )
-    return sharded(index, open_file)
+    return sharded(listing, open_file)
 
 
 def _checkpoint(entries: dict[str, _Entry]) -> Checkpoint:
@@ -143,7 +142,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
         entries = {
             name: _entry(path, name, 8 + length, h) for name, h in header.items()
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{path} has a damaged safetensors header ({error!r}); fetch it again"
         ) from None
@@ -164,8 +163,10 @@ def _entry(path: Path, name: str, origin: int, header: dict) -> _Entry:
             f"tensor {name} in {path} has the unknown type {header['dtype']}; known "
             "are " + ", ".join(DTYPES)
         )
-    layout = Layout(DTYPES[header["dtype"]], tuple(header["shape"]))
-    start, end = header["data_offsets"]
+    # whole numbers, or a TypeError
+    layout = Layout(DTYPES[header["dtype"]], tuple(map(index, header["shape"])))
+    offsets = header["data_offsets"]
+    start, end = index(offsets[0]), index(offsets[1])
     if start < 0 or end - start != size_of(layout) or min(layout.shape, default=0) < 0:
         raise ValueError(
             f"tensor {name} in {path} has {end - start} bytes at {start}, "
