@@ -32,7 +32,7 @@ def matrix(shape, condition, rank=None, seed=0):
 
 
 def oracle(x, rtol):
-    """The polar factor in float64 and the condition number, null directions left out."""
+    """Polar factor in float64, and condition number, null directions left out."""
     u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     kept = s > rtol * s[0]
     return (u * kept) @ vt, s[0] / s[kept][-1]

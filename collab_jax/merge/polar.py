@@ -17,7 +17,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.lax import Precision
 
 _HIGHEST = Precision.HIGHEST  # a TPU would multiply in bfloat16 otherwise
@@ -64,7 +63,7 @@ def polar(x: jax.Array, rtol=None) -> jax.Array:
     rtol = null_tolerance(x.shape, x.dtype) if rtol is None else rtol
     if x.shape[0] > _LONG * x.shape[1]:
         q, t = thin(x)
-        return _product(q, polar(t, rtol))
+        return product(q, polar(t, rtol))
     return jax.lax.platform_dependent(
         x,
         cpu=functools.partial(by_svd, rtol=rtol),
@@ -83,7 +82,7 @@ def by_svd(x: jax.Array, rtol) -> jax.Array:
     [[1.0], [0.0]]
     """
     u, s, v = svd(x, rtol)
-    return _product(u * (s > 0), v.T)
+    return product(u * (s > 0), v.T)
 
 
 def by_products(x: jax.Array, rtol: float) -> jax.Array:
@@ -110,12 +109,12 @@ def by_products(x: jax.Array, rtol: float) -> jax.Array:
     scaled = scaled / jnp.where(bound > 0, bound, 1)
 
     def step(u, c):
-        square = c**2 * _product(u.T, u)
-        return c / 2 * (3 * u - _product(u, square)), None
+        square = c**2 * product(u.T, u)
+        return c / 2 * (3 * u - product(u, square)), None
 
     scales = jnp.asarray(_scales(rtol / 2, jnp.finfo(x.dtype).eps), x.dtype)
     u, _ = jax.lax.scan(step, scaled, scales)
-    h = _product(u.T, scaled)
+    h = product(u.T, scaled)
     h = (h + h.T) / 2
     eye = jnp.eye(h.shape[0], dtype=h.dtype)
     full = jnp.isfinite(jnp.linalg.cholesky(h - rtol * eye)).all()
@@ -123,18 +122,18 @@ def by_products(x: jax.Array, rtol: float) -> jax.Array:
     def clean(u):
         s, q = jnp.linalg.eigh(h)
         q = q * (s > rtol * s[-1])
-        return _product(u, _product(q, q.T))
+        return product(u, product(q, q.T))
 
     return jax.lax.cond(full, lambda u: u, clean, u)
 
 
 def _norm_bound(x: jax.Array) -> jax.Array:
     """A number between the largest singular value and k^(1/16) times it."""
-    square = _product(x.T, x)
-    fourth = _product(square, square)
+    square = product(x.T, x)
+    fourth = product(square, square)
     size = jnp.sqrt((fourth**2).sum())
     size = jnp.where(size > 0, size, 1)
-    eighth = _product(fourth / size, fourth / size)
+    eighth = product(fourth / size, fourth / size)
     sixteenth = jnp.sqrt((eighth**2).sum()) * size**2
     return 1.001 * sixteenth ** (1 / 8)
 
@@ -179,7 +178,7 @@ def svd(x: jax.Array, rtol=None) -> tuple[jax.Array, jax.Array, jax.Array]:
     if x.shape[0] > _LONG * x.shape[1]:
         q, t = thin(x)
         u, s, v = svd(t, rtol)
-        return _product(q, u), s, v
+        return product(q, u), s, v
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
     kept = s > rtol * s[:1]
     return u * kept, s * kept, vt.T * kept
@@ -219,16 +218,16 @@ def top_svd(x: jax.Array, r: int, rtol=None):
         v, s, u = top_svd(x.T, r, rtol)
         return u, s, v
     rtol = null_tolerance(x.shape, x.dtype) if rtol is None else rtol
-    _, q = jnp.linalg.eigh(_product(x.T, x))
-    y = _product(x, q[:, : -r - 1 : -1])  # columns nearly orthogonal
+    _, q = jnp.linalg.eigh(product(x.T, x))
+    y = product(x, q[:, : -r - 1 : -1])  # columns nearly orthogonal
     size = jnp.linalg.norm(y, axis=0)
     kept = size > rtol * size[0]
     y = y * jnp.where(kept, 1 / jnp.where(kept, size, 1), 0)
-    gram = _product(y.T, y) + jnp.diag((~kept).astype(y.dtype))
+    gram = product(y.T, y) + jnp.diag((~kept).astype(y.dtype))
     factor = jnp.linalg.cholesky(gram)
     w = jax.lax.linalg.triangular_solve(factor, y, transpose_a=True, lower=True)
-    v, s, rotation = svd(_product(x.T, w), rtol)
-    return _product(w, rotation), s, v
+    v, s, rotation = svd(product(x.T, w), rtol)
+    return product(w, rotation), s, v
 
 
 def thin(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -256,16 +255,21 @@ def thin(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.where(largest > 0, largest, 1)
     q, t = x / largest, largest * jnp.eye(n, dtype=x.dtype)
     for safety in (10 * math.sqrt(n), 10 * math.sqrt(n), 20):
-        gram = _product(q.T, q)
+        gram = product(q.T, q)
         shift = safety * eps * jnp.diagonal(gram).max()
         shift = jnp.where(shift > 0, shift, 1)
         factor = jnp.linalg.cholesky(gram + shift * jnp.eye(n, dtype=x.dtype))
         q = jax.lax.linalg.triangular_solve(factor, q, transpose_a=True, lower=True)
-        t = _product(factor.T, t)
+        t = product(factor.T, t)
     return q, t
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of matrices in their own precision on every platform.
+
+    >>> product(jnp.ones((1, 2)), jnp.ones((2, 1))).tolist()
+    [[2.0]]
+    """
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 

@@ -1,0 +1,294 @@
+"""Merges that act on the singular vectors of the deltas, matrix by matrix.
+
+A part here leaves one delta. A leaf with two axes is a matrix; one with four, the
+kernel `[out, in, height, width]` of a convolution, is the matrix `[out, in * height *
+width]`. Of all other leaves, biases and gains of norms, the mean of the deltas is left,
+as the papers have it. Embeddings are matrices too, and what is factored is never larger
+than their short side squared; to leave them out, merge them by `mean`:
+
+    chain(where(".*proj.*", flatten_spectrum), where("(?!.*proj).*", mean))
+
+Directions without a delta in them stay so: see `polar`.
+
+Shapes: N experts, S the shape of a leaf, m rows, n columns, k the smaller of them.
+`tau_i` is the weighted delta `w_i delta_i`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from collab_jax.merge.polar import null_tolerance, polar, product, svd, top_svd
+from collab_jax.merge.stack import Stack, Transform, chain, total
+from collab_jax.merge.weigh import scale
+
+Deltas = Sequence[jax.Array]
+
+
+def on_matrices(make: Callable[[Deltas], jax.Array]) -> Callable[[Stack], Stack]:
+    """Replaces the deltas of a matrix by one delta, other deltas by their mean.
+
+    Args:
+      make: from N weighted deltas `[m, n]` to one.
+
+    >>> largest = on_matrices(lambda taus: taus[0])
+    >>> one = jnp.ones(2)
+    >>> largest(Stack(one, (one, 3 * one), (1.0, 1.0), jax.random.key(0))).deltas
+    (Array([2., 2.], dtype=float32),)
+    """
+
+    def apply(stack: Stack) -> Stack:
+        shape = stack.base.shape
+        taus = [w * d for w, d in zip(stack.weights, stack.deltas, strict=True)]
+        if len(shape) in (2, 4) and stack.base.size:
+            rows = [tau.reshape(shape[0], math.prod(shape[1:])) for tau in taus]
+            delta = make(rows).reshape(shape)
+        else:
+            delta = total(taus) / len(taus)
+        one = jnp.ones((), delta.dtype)
+        return Stack(stack.base, (delta,), (one,), stack.key)
+
+    return apply
+
+
+def join_singular_vectors(stack: Stack) -> Stack:
+    """Gives each expert k / N singular directions, and makes all of them orthogonal.
+
+    `delta = polar([U_1 .. U_N]) diag(S_1 .. S_N) polar([V_1 .. V_N])^T`, where
+    `U_i S_i V_i^T` is the best approximation of `tau_i` with rank `floor(k / N)`. A
+    matrix too small to give each expert a direction gets the mean.
+
+    Args:
+      stack: one leaf.
+
+    Source: TSV-M, arXiv 2412.00081.
+
+    >>> one = jnp.diag(jnp.array([2.0, 0.0])), jnp.diag(jnp.array([0.0, 3.0]))
+    >>> stack = Stack(jnp.zeros((2, 2)), one, (1.0, 1.0), jax.random.key(0))
+    >>> join_singular_vectors(stack).deltas[0].round(4).tolist()
+    [[2.0, 0.0], [0.0, 3.0]]
+    """
+
+    def make(taus: Deltas) -> jax.Array:
+        rank = min(taus[0].shape) // len(taus)
+        if rank == 0:
+            return total(taus) / len(taus)
+        u, s, v = _joined([top_svd(tau, rank) for tau in taus])
+        return product(polar(u) * s, polar(v).T)
+
+    return on_matrices(make)(stack)
+
+
+def flatten_spectrum(stack: Stack) -> Stack:
+    """Gives the sum of the deltas equal singular values, their mean.
+
+    `delta = s U V^T`, `U S V^T = sum_i tau_i`, `s = trace(S) / k`.
+
+    Args:
+      stack: one leaf.
+
+    Source: Iso-C, arXiv 2502.04959.
+
+    >>> delta = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> stack = Stack(jnp.zeros((2, 2)), (delta,), (1.0,), jax.random.key(0))
+    >>> flatten_spectrum(stack).deltas[0].round(4).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+    """
+
+    def make(taus: Deltas) -> jax.Array:
+        whole = total(taus)
+        factor = polar(whole)
+        return (factor * whole).sum() / min(whole.shape) * factor
+
+    return on_matrices(make)(stack)
+
+
+def flatten_subspaces(common: float = 0.8) -> Callable[[Stack], Stack]:
+    """As `flatten_spectrum`, with a share of the directions given to single experts.
+
+    The c leading directions `U_c, V_c` of the sum are kept, and for each expert the
+    `d = (k - c) / N` leading ones of `tau_i - U_c U_c^T tau_i` come beside them; both
+    sides are made orthogonal, and all singular values become their mean.
+
+    Args:
+      common: share of the directions that the sum keeps; c is about `common * k`, such
+        that d is whole.
+
+    Raises:
+      ValueError: for a share outside of [0, 1].
+
+    Source: Iso-CTS, arXiv 2502.04959.
+
+    >>> delta = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> stack = Stack(jnp.zeros((2, 2)), (delta,), (1.0,), jax.random.key(0))
+    >>> flatten_subspaces(0.5)(stack).deltas[0].round(4).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+    """
+    if not 0 <= common <= 1:
+        raise ValueError(f"common = {common} was given, a number in [0, 1] is expected")
+
+    def make(taus: Deltas) -> jax.Array:
+        k, count = min(taus[0].shape), len(taus)
+        own = round((k - int(k * common)) / count)
+        if own * count > k:
+            own = k // count
+        kept = k - own * count
+        if own == 0:
+            return _flat(svd(total(taus)))
+        u, s, v = (x[..., :kept] for x in svd(total(taus)))
+        own_parts = [_beside(u, tau, own) for tau in taus]
+        return _flat(_joined([*own_parts, (u, s, v)]))
+
+    return on_matrices(make)
+
+
+def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
+    """The delta that disturbs the inputs of each expert least: a linear regression.
+
+    The rows of `tau_i` stand in for the expert's inputs. Minimises `sum_i ||(x -
+    tau_i) tau_i^T||^2 / ||tau_i||^2 + mu ||x - t||^2` with `t = sum_i tau_i`, so
+
+    `delta = t + (sum_i (tau_i - t) G_i) (sum_i G_i + mu)^+`, `G_i = tau_i^T tau_i /
+    ||tau_i||^2`.
+
+    The paper takes some hundred steps of Adam from t instead; a ridge is the smooth way
+    to stop early. Directions that rounding hides in the Gram matrices keep t.
+
+    Args:
+      ridge: mu in units of the mean eigenvalue of `sum_i G_i`; 0 is the least squares
+        solution, infinity the sum of the deltas. May be a tracer.
+
+    Raises:
+      ValueError: for a negative ridge.
+
+    Source: WUDI-Merging, arXiv 2503.08099, its loss in closed form.
+
+    >>> deltas = jnp.diag(jnp.array([2.0, 0.0])), jnp.diag(jnp.array([0.0, 3.0]))
+    >>> stack = Stack(jnp.zeros((2, 2)), deltas, (1.0, 1.0), jax.random.key(0))
+    >>> remove_interference()(stack).deltas[0].round(4).tolist()
+    [[2.0, 0.0], [0.0, 3.0]]
+    """
+    if not isinstance(ridge, jax.core.Tracer) and not ridge >= 0:
+        raise ValueError(f"ridge = {ridge} was given, at least 0 is expected")
+
+    def make(taus: Deltas) -> jax.Array:
+        (m, n), count = taus[0].shape, len(taus)
+        whole = total(taus)
+        norms = [jnp.sqrt((tau**2).sum()) for tau in taus]
+        units = [
+            tau / jnp.where(norm > 0, norm, 1)
+            for tau, norm in zip(taus, norms, strict=True)
+        ]
+        gaps = [product(t - whole, u.T) for t, u in zip(taus, units, strict=True)]
+        if n <= m * count:
+            gram = total(product(u.T, u) for u in units)
+            right = total(product(gap, u) for gap, u in zip(gaps, units, strict=True))
+            return whole + _divided(right, gram, ridge)
+        # fewer rows than columns in all: the same by A (A^T A)^+ = (A A^T)^+ A
+        rows = jnp.concatenate(units)
+        solved = _divided(jnp.concatenate(gaps, 1), product(rows, rows.T), ridge)
+        return whole + product(solved, rows)
+
+    return on_matrices(make)
+
+
+def _divided(right: jax.Array, gram: jax.Array, ridge) -> jax.Array:
+    """`right (gram + mu)^+`."""
+    s, q = jnp.linalg.eigh(gram)
+    mu = ridge * jnp.trace(gram) / len(gram)
+    kept = s > null_tolerance(gram.shape, gram.dtype) * s[-1]
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s + mu, 1), 0)
+    return product(product(right, q) * inverse, q.T)
+
+
+def _beside(u: jax.Array, tau: jax.Array, r: int):
+    """The r leading directions of a delta that columns u leave; rounding gives none."""
+    left, s, right = top_svd(tau - product(u, product(u.T, tau)), r)
+    kept = s > null_tolerance(tau.shape, tau.dtype) * jnp.sqrt((tau**2).sum())
+    return left * kept, s * kept, right * kept
+
+
+def _joined(factors):
+    """U, S, V of several approximations side by side."""
+    u, s, v = zip(*factors, strict=True)
+    return jnp.concatenate(u, 1), jnp.concatenate(s), jnp.concatenate(v, 1)
+
+
+def _flat(factors) -> jax.Array:
+    """Both sides made orthogonal, with the mean of the singular values."""
+    u, s, v = factors
+    return s.mean() * product(polar(u), polar(v).T)
+
+
+def tsv_m(lam=1.0) -> Transform:
+    """Task singular vectors, made orthogonal and merged: TSV-M.
+
+    Args:
+      lam: scale of the merged delta.
+
+    Source: arXiv 2412.00081.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, expert = {"a": jnp.zeros((2, 3))}, {"a": jnp.eye(2, 3)}
+    >>> merge(tsv_m(), base, [expert])["a"].round(4).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    return chain(join_singular_vectors, scale(lam))
+
+
+def iso_c(lam=1.0) -> Transform:
+    """Isotropic merging in the common subspace: Iso-C.
+
+    Args:
+      lam: scale of the merged delta; 1 to 1.5 is typical.
+
+    Source: arXiv 2502.04959.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, expert = {"a": jnp.zeros((2, 2))}, {"a": jnp.diag(jnp.array([3.0, 1.0]))}
+    >>> merge(iso_c(0.5), base, [expert])["a"].round(4).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return chain(flatten_spectrum, scale(lam))
+
+
+def iso_cts(common=0.8, lam=1.0) -> Transform:
+    """Isotropic merging in common and task-specific subspaces: Iso-CTS.
+
+    Args:
+      common: share of the directions that the sum keeps, in [0, 1].
+      lam: scale of the merged delta; 1 to 1.5 is typical.
+
+    Raises:
+      ValueError: for a share outside of [0, 1].
+
+    Source: arXiv 2502.04959.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, expert = {"a": jnp.zeros((2, 2))}, {"a": jnp.diag(jnp.array([3.0, 1.0]))}
+    >>> merge(iso_cts(0.5), base, [expert])["a"].round(4).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+    """
+    return chain(flatten_subspaces(common), scale(lam))
+
+
+def wudi(ridge=0.0, lam=1.0) -> Transform:
+    """Data-free removal of interference: WUDI-Merging, in closed form.
+
+    Args:
+      ridge: see `remove_interference`; 0 is the minimum of the paper's loss.
+      lam: scale of the merged delta.
+
+    Raises:
+      ValueError: for a negative ridge.
+
+    Source: arXiv 2503.08099.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, expert = {"a": jnp.zeros((2, 3))}, {"a": jnp.eye(2, 3)}
+    >>> merge(wudi(), base, [expert])["a"].round(4).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    return chain(remove_interference(ridge), scale(lam))
