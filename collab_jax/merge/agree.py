@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.merge.magnitude import among_largest, kept
+from collab_jax.merge.pieces import flat
 from collab_jax.merge.sparsify import check_share
 from collab_jax.merge.stack import Stack, total
 
 
+@flat
 def elect_sign(stack: Stack) -> Stack:
     """Zeroes the entries whose sign is not that of the weighted sum of the deltas.
 
@@ -39,6 +41,7 @@ def elect_sign(stack: Stack) -> Stack:
     return stack._replace(deltas=agree)
 
 
+@flat
 def disjoint_mean(stack: Stack) -> Stack:
     """Weights of a mean over the experts whose entry is not zero.
 

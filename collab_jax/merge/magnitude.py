@@ -6,11 +6,14 @@ digit inside that bin goes on; elsewhere, where scattered additions are slow, th
 threshold is built bit by bit from counts. Both are exact, so all devices agree.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from collab_jax.merge import pieces
 
 
 class Digit(NamedTuple):
@@ -78,70 +81,176 @@ def at_rank(counts, rank):
     >>> [int(x) for x in at_rank(jnp.array([5, 2, 1]), 2)]
     [1, 1]
     """
-    xp = np if isinstance(counts, np.ndarray) else jnp
-    above = xp.cumsum(counts[::-1])[::-1]  # that lie in it or higher
-    found = xp.maximum((above >= rank).sum() - 1, 0)
-    return found, rank - (above[found] - counts[found])
+    if isinstance(counts, np.ndarray):
+        above = np.cumsum(counts[::-1])[::-1]  # that lie in it or higher
+        found = ((above >= rank).sum() - 1).clip(0)
+        return found, rank - (above[found] - counts[found])
+    # bit by bit: XLA compiles, and on CPUs runs, a scan more slowly
+    bins = jnp.arange(len(counts), dtype=jnp.int32)
+    width = (len(counts) - 1).bit_length()
+
+    def above_or_at(least):
+        return jnp.where(bins >= least, counts, 0).sum()
+
+    def set_bit(i, found):
+        candidate = found | (1 << (width - 1 - i))
+        return jnp.where(above_or_at(candidate) >= rank, candidate, found)
+
+    found = jax.lax.fori_loop(0, width, set_bit, jnp.int32(0))
+    return found, rank - above_or_at(found + 1)
+
+
+class Cut(NamedTuple):
+    """Where the k largest of a leaf end."""
+
+    least: Any  # [] unsigned, the pattern of the k-th largest
+    tied: Any  # [] how many entries with this pattern are among the k, or None: all
+
+
+def cuts(xs: Sequence[jax.Array], ks: Sequence[Any]) -> list[Cut]:
+    """Where the k largest magnitudes of each of several arrays end.
+
+    Flat: the arrays may be pieces of leaves, see `collab_jax.merge.pieces`.
+
+    Args:
+      xs: arrays of one shape; a whole leaf has fewer than 2 ** 31 entries.
+      ks: for each, a number or a tracer; at least 1, at most the number of entries.
+
+    >>> cut, = cuts([jnp.array([1.0, -3.0, 2.0, 1.0])], [3])
+    >>> bool(cut.least == pattern(jnp.array(1.0))), int(cut.tied)
+    (True, 1)
+    """
+    values = [pattern(x) for x in xs]
+    ranks = [jnp.asarray(k, jnp.int32) for k in ks]
+    if pieces.in_pieces():
+        return _by_digits(values, ranks)
+
+    def each(value, rank):
+        return [tuple(cut) for cut in _by_digits([value], [rank])]
+
+    def bitwise(value, rank):
+        return [tuple(_by_bits(value, rank))]
+
+    return [
+        Cut(*jax.lax.platform_dependent(value, rank, cpu=each, default=bitwise)[0])
+        for value, rank in zip(values, ranks, strict=True)
+    ]
+
+
+def _by_digits(values: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[Cut]:
+    dtype = values[0].dtype
+    found: list[tuple] = [(None, rank) for rank in ranks]
+    for digit in digits(dtype):
+        counts = [
+            histogram(value, digit, None if prefix is None else prefix.astype(dtype))
+            for value, (prefix, _) in zip(values, found, strict=True)
+        ]
+        last = digit.shift == 0
+
+        def settle(totals, before, width=digit.width, last=last):
+            made = []
+            for total, (prefix, rank) in zip(totals, before, strict=True):
+                place, rest = at_rank(total, rank)
+                place = place.astype(dtype)
+                prefix = place if prefix is None else (prefix << width) | place
+                if last and isinstance(total, np.ndarray) and rest == total[place]:
+                    rest = None  # all that are tied are kept
+                made.append((prefix, rest))
+            return made
+
+        found = pieces.over_leaf(counts, settle, found)
+    return [Cut(*each) for each in found]
+
+
+def _by_bits(values: jax.Array, k: jax.Array) -> Cut:
+    width = values.dtype.itemsize * 8 - 1
+
+    def count(least):
+        return (values >= least).sum(dtype=jnp.int32)
+
+    def set_bit(i, found):
+        bit = jnp.ones((), values.dtype) << (width - 1 - i).astype(values.dtype)
+        return jnp.where(count(found | bit) >= k, found | bit, found)
+
+    least = jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), values.dtype))
+    return Cut(least, k - count(least + 1))
 
 
 def threshold(x: jax.Array, k) -> jax.Array:
-    """The pattern of the k-th largest magnitude of a leaf, `[]` unsigned.
-
-    Args:
-      x: any shape, fewer than 2 ** 31 entries.
-      k: at least 1, at most the number of entries; may be a tracer.
+    """The pattern of the k-th largest magnitude of a leaf, `[]` unsigned; see `cuts`.
 
     >>> bool(threshold(jnp.array([1.0, -3.0, 2.0]), 2) == pattern(jnp.array(2.0)))
     True
     """
-    values = pattern(x)
-    k = jnp.asarray(k, jnp.int32)
-    return jax.lax.platform_dependent(values, k, cpu=_by_digits, default=_by_bits)
-
-
-def _by_digits(values: jax.Array, k: jax.Array) -> jax.Array:
-    found, prefix = jnp.zeros((), values.dtype), None
-    for digit in digits(values.dtype):
-        place, k = at_rank(histogram(values, digit, prefix), k)
-        prefix = place.astype(values.dtype)
-        found |= prefix << digit.shift
-        prefix = found >> digit.shift
-    return found
-
-
-def _by_bits(values: jax.Array, k: jax.Array) -> jax.Array:
-    width = values.dtype.itemsize * 8 - 1
-
-    def set_bit(i, found):
-        bit = jnp.ones((), values.dtype) << (width - 1 - i).astype(values.dtype)
-        count = (values >= (found | bit)).sum(dtype=jnp.int32)
-        return jnp.where(count >= k, found | bit, found)
-
-    return jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), values.dtype))
+    return cuts([x], [k])[0].least
 
 
 def among_largest(x: jax.Array, k, ties: str = "all") -> jax.Array:
-    """Which entries of a leaf are among the k of largest magnitude, `[*S]` bool.
+    """Which entries of a leaf are among the k of largest magnitude; see `largest`.
+
+    >>> among_largest(jnp.array([3.0, 1.0, -2.0, 2.0]), 2).tolist()
+    [True, False, True, True]
+    """
+    return largest([x], [k], ties)[0]
+
+
+def largest(
+    xs: Sequence[jax.Array], ks: Sequence[Any], ties: str = "all"
+) -> list[jax.Array]:
+    """Which entries are among the k of largest magnitude, for each of several arrays.
+
+    Flat: the arrays may be pieces of leaves, see `collab_jax.merge.pieces`.
 
     Args:
-      x: any shape, fewer than 2 ** 31 entries.
-      k: at most the number of entries; none is kept for 0. May be a tracer.
+      xs: arrays of one shape; a whole leaf has fewer than 2 ** 31 entries.
+      ks: for each, at most the number of entries; none is kept for 0. May be tracers.
       ties: "all" keeps whatever is tied with the k-th; "first" keeps exactly k, of the
         tied those that come first.
 
+    Returns:
+      Masks, bool, of the arrays' shape.
+
     >>> x = jnp.array([3.0, 1.0, -2.0, 2.0])
-    >>> among_largest(x, 2).tolist(), among_largest(x, 2, "first").tolist()
-    ([True, False, True, True], [True, False, True, False])
+    >>> largest([x], [2])[0].tolist()
+    [True, False, True, True]
+    >>> largest([x], [2], "first")[0].tolist()
+    [True, False, True, False]
     """
     if ties not in ("all", "first"):
         raise ValueError(f"ties = {ties!r}: 'all' or 'first' is expected")
-    k = jnp.asarray(k, jnp.int32)
-    values, least = pattern(x), threshold(x, jnp.maximum(k, 1))
-    if ties == "all":
-        return (values >= least) & (k > 0)
-    more = values > least
-    tied = values == least
-    return more | first(tied, k - more.sum(dtype=jnp.int32))
+    ranks = [jnp.asarray(k, jnp.int32) for k in ks]
+    found = cuts(xs, [jnp.maximum(rank, 1) for rank in ranks])
+    values = [pattern(x) for x in xs]
+    least = [
+        jnp.asarray(cut.least, v.dtype) for v, cut in zip(values, found, strict=True)
+    ]
+    kept = [v >= own for v, own in zip(values, least, strict=True)]
+    if ties == "first":
+        unsure = [n for n, cut in enumerate(found) if cut.tied is not None]
+        tied = [values[n] == least[n] for n in unsure]
+        shares = _shares(tied, [found[n].tied for n in unsure]) if unsure else []
+        for n, mask, share in zip(unsure, tied, shares, strict=True):
+            kept[n] &= ~mask | first(mask, share)
+    return [mask & (rank > 0) for mask, rank in zip(kept, ranks, strict=True)]
+
+
+def _shares(masks: Sequence[jax.Array], counts: Sequence[Any]) -> list[jax.Array]:
+    """Of the first `count` true entries over the leaf, how many lie in this piece."""
+    here = pieces.place()
+    most = pieces.MOST if pieces.in_pieces() else 1
+    own = [
+        jnp.zeros(most, jnp.int32).at[here.number].set(mask.sum(dtype=jnp.int32))
+        for mask in masks
+    ]
+
+    def settle(totals, counts):
+        xp = np if isinstance(totals[0], np.ndarray) else jnp
+        return [
+            (count - (xp.cumsum(total) - total)).clip(0).astype(xp.int32)
+            for total, count in zip(totals, counts, strict=True)
+        ]
+
+    return [share[here.number] for share in pieces.over_leaf(own, settle, counts)]
 
 
 def first(mask: jax.Array, count, block: int = 4096) -> jax.Array:

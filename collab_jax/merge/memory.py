@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from collab_jax import tree
-from collab_jax.merge.stack import Facts, Leaf, Part, Survey, lift, programs
+from collab_jax.merge.program import Leaf, programs
+from collab_jax.merge.stack import Facts, Part, Survey, lift
 
 
 def merge(
@@ -92,7 +93,7 @@ def merge(
         else:
             facts = (*facts, entry)
     for j in floating:
-        leaves[j], _ = run.merge(leaf(j), facts)
+        leaves[j] = run.merge(leaf(j), facts)
     return jax.tree.unflatten(jax.tree.structure(first), leaves)
 
 

@@ -11,24 +11,47 @@ import math
 import jax
 import jax.numpy as jnp
 
+from collab_jax.merge import pieces
+
+
+def fold_in(key: jax.Array, number) -> jax.Array:
+    """A new key from a key and a number, as `jax.random.fold_in`, by the same mixer.
+
+    Args:
+      key: one typed key.
+      number: an integer below 2 ** 32, or a tracer.
+
+    >>> key = jax.random.key(0)
+    >>> bool((jax.random.key_data(fold_in(key, 1)) == jax.random.key_data(key)).all())
+    False
+    """
+    words = jax.random.key_data(key)
+    place = jnp.arange(len(words), dtype=jnp.uint32)
+    # every new word depends on all old ones
+    every = jax.lax.reduce(
+        _mix(words + place), jnp.uint32(0), jax.lax.bitwise_xor, (0,)
+    )
+    mixed = _mix(_mix(words + jnp.uint32(number)) ^ _mix(every + place + 1))
+    return jax.random.wrap_key_data(mixed, impl=jax.random.key_impl(key))
+
 
 def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform random bits, `[*shape]` uint32.
 
-    `bits[i] = mix(mix(i + k_0) ^ k_1)`, i the row-major position modulo 2 ** 32, and
-    `k_0, k_1` two words drawn from the key.
+    `bits[i] = mix(mix(i + k_0) ^ k_1)`, i the row-major position in the leaf
+    modulo 2 ** 32, and `k_0, k_1` the words of the key.
 
     Args:
       key: one typed key; it is consumed.
       shape: of the result.
 
-    Source: the mixer is "triple32"-style, found by Chris Wellons' hash prospector.
+    Source: the mixer is of the form found by Chris Wellons' hash prospector.
 
     >>> bits(jax.random.key(0), (2, 2)).dtype
     dtype('uint32')
     """
-    words = jax.random.bits(key, (2,), jnp.uint32)
-    position = jnp.zeros(shape, jnp.uint32)
+    words = jax.random.key_data(fold_in(key, 0))
+    position = jnp.full(shape, pieces.place().start, jnp.uint32)
     for axis in range(len(shape)):
         stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
         position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride

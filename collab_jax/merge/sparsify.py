@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from collab_jax.merge import magnitude, noise, rank
 from collab_jax.merge.magnitude import kept
+from collab_jax.merge.pieces import flat
 from collab_jax.merge.stack import Stack, Survey, Transform, total
 
 
@@ -66,10 +67,12 @@ def keep_largest(counts: Sequence, ties: str = "all") -> Callable[[Stack], Stack
     [[0.0, -3.0, 0.0], [0.0, 2.0, 3.0]]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
+        masks = magnitude.largest(stack.deltas, counts, ties)
         deltas = tuple(
-            jnp.where(magnitude.among_largest(delta, count, ties), delta, 0)
-            for delta, count in zip(stack.deltas, counts, strict=True)
+            jnp.where(mask, delta, 0)
+            for mask, delta in zip(masks, stack.deltas, strict=True)
         )
         return stack._replace(deltas=deltas)
 
@@ -135,7 +138,7 @@ def trim_whole(density) -> Transform:
         return stack._replace(deltas=deltas)
 
     survey = Survey(ask_upper, bins), Survey(ask_lower, thresholds)
-    return Transform(apply, survey, lambda name, shape: ())
+    return Transform(apply, survey, lambda name, shape: (), flat=True)
 
 
 def drop_and_rescale(p) -> Callable[[Stack], Stack]:
@@ -177,6 +180,7 @@ def drop(
     (8,)
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         drawn, rest = (noise.fold_in(stack.key, n) for n in range(2))
         shares = list(keep) * (len(stack.deltas) if len(keep) == 1 else 1)

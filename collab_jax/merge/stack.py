@@ -15,13 +15,11 @@ Shapes: N experts, S the shape of a leaf.
 import functools
 import math
 import operator
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from collab_jax import tree
 
@@ -70,6 +68,8 @@ class Transform(NamedTuple):
     # what of a leaf's name `apply` and `ask` look at: leaves with equal cases and
     # shapes share one compiled program; None: at all of it
     case: Callable[[str, Shape], Hashable] | None = None
+    # whether it works on any stretch of the flattened leaf, see `pieces`
+    flat: bool = False
 
 
 Part = Transform | Callable[[Stack], Stack]
@@ -84,7 +84,11 @@ def lift(part: Part) -> Transform:
     """
     if isinstance(part, Transform):
         return part
-    return Transform(lambda stack, name, facts: part(stack), case=_alike)
+    return Transform(
+        lambda stack, name, facts: part(stack),
+        case=_alike,
+        flat=getattr(part, "flat", False),
+    )
 
 
 def chain(*parts: Part) -> Transform:
@@ -133,6 +137,7 @@ def chain(*parts: Part) -> Transform:
         lambda stack, name, facts: upto(len(transforms), stack, name, facts),
         tuple(behind(i, e) for i, t in enumerate(transforms) for e in t.survey),
         _cases(cases),
+        all(transform.flat for transform in transforms),
     )
 
 
@@ -188,11 +193,14 @@ def where(pattern: str, part: Part) -> Transform:
         return matches(name) and (True if inner is None else inner(name, shape))
 
     survey = tuple(inside(entry) for entry in transform.survey)
-    return Transform(apply, survey, None if transform.case is None else case)
+    seen = None if transform.case is None else case
+    return Transform(apply, survey, seen, transform.flat)
 
 
 def scheduled(
-    make: Callable[[dict[str, Any]], Part], at: Callable[[str, Shape], dict[str, Any]]
+    make: Callable[[dict[str, Any]], Part],
+    at: Callable[[str, Shape], dict[str, Any]],
+    flat: bool = False,
 ) -> Transform:
     """A part whose knobs depend on the leaf: per layer, per name, learned per leaf.
 
@@ -203,6 +211,7 @@ def scheduled(
       make: from the knobs of a leaf to a part without surveys.
       at: (name, shape) -> knobs by name: numbers, tracers or trees of them; and
         booleans, strings or None, which choose the program.
+      flat: whether every part that `make` returns is flat.
 
     >>> from collab_jax.merge.memory import merge
     >>> from collab_jax.merge.weigh import scale
@@ -229,7 +238,8 @@ def scheduled(
         words, numbers = split(name, shape)
         return tuple(sorted(words.items())), jax.tree.structure(numbers)
 
-    return Transform(apply, (Schedule(lambda n, s: split(n, s)[1]),), case)
+    numbers = Schedule(lambda name, shape: split(name, shape)[1])
+    return Transform(apply, (numbers,), case, flat)
 
 
 def total(terms: Iterable[Any]) -> Any:
@@ -274,80 +284,3 @@ def stack_leaf(base: Any, experts: Sequence[Any], weights: Sequence[Any], key) -
         start = jnp.asarray(base, precision)
         deltas = tuple(expert - start for expert in wide)
     return Stack(start, deltas, tuple(jnp.asarray(w, precision) for w in weights), key)
-
-
-class Programs(NamedTuple):
-    """A transform compiled leaf by leaf; what every driver runs."""
-
-    # (Leaf, facts, type of the result or None: the base's) -> (the merged leaf,
-    # [] float32: 0, or NaN where an input is not finite)
-    merge: Callable[..., tuple[jax.Array, jax.Array]]
-    # (i, Leaf, facts) -> the summary of entry i of the survey
-    ask: Callable[..., Summary]
-
-
-class Leaf(NamedTuple):
-    """What a driver knows of a leaf when it is merged."""
-
-    name: str  # canonical: the checkpoint's
-    base: Any  # [*S], or None to merge without a base
-    experts: tuple[Any, ...]  # N of [*S]
-    weights: tuple[Any, ...]  # N of [] or [*S]
-    key: jax.Array  # [] typed key of the whole merge
-
-
-@functools.lru_cache(maxsize=128)
-def programs(transform: Transform) -> Programs:
-    """The compiled programs of a transform; leaves of one case and shape share one.
-
-    Args:
-      transform: what edits the stacks.
-
-    >>> one, key = jnp.ones(2), jax.random.key(0)
-    >>> merged, bad = programs(chain()).merge(
-    ...     Leaf("a", None, (one, one), (0.5, 1.0), key), ()
-    ... )
-    >>> merged.tolist(), float(bad)
-    ([1.5, 1.5], 0.0)
-    """
-    named: dict[Hashable, str] = {}
-
-    def representative(name: str, shape: Shape) -> str:
-        if transform.case is None:
-            return name
-        return named.setdefault((shape, transform.case(name, shape)), name)
-
-    def arguments(leaf: Leaf, facts: Facts):
-        shape = jnp.shape(leaf.experts[0])
-        own = tuple(
-            fact.at(leaf.name, shape) if isinstance(fact, Schedule) else fact
-            for fact in facts
-        )
-        place = np.uint32(zlib.crc32(leaf.name.encode()))
-        return (*leaf[1:], place, own), representative(leaf.name, shape)
-
-    def stack(base, experts, weights, key, place):
-        return stack_leaf(base, experts, weights, jax.random.fold_in(key, place))
-
-    @functools.partial(jax.jit, static_argnames=("name", "dtype"))
-    def merge(base, experts, weights, key, place, facts, name, dtype):
-        made = stack(base, experts, weights, key, place)
-        merged = combine(transform.apply(made, name, facts))
-        inputs = experts if base is None else (base, *experts)
-        finite = total(jnp.float32(x) * 0 for x in inputs).sum()
-        return merged.astype(dtype or inputs[0].dtype), finite
-
-    @functools.partial(jax.jit, static_argnames=("name", "i"))
-    def ask(base, experts, weights, key, place, facts, name, i):
-        made = stack(base, experts, weights, key, place)
-        return transform.survey[i].ask(made, name, facts)
-
-    def run_merge(leaf: Leaf, facts: Facts, dtype: Any = None):
-        args, name = arguments(leaf, facts)
-        return merge(*args, name=name, dtype=dtype)
-
-    def run_ask(i: int, leaf: Leaf, facts: Facts):
-        args, name = arguments(leaf, facts)
-        return ask(*args, name=name, i=i)
-
-    return Programs(run_merge, run_ask)

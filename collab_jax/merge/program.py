@@ -1,0 +1,133 @@
+"""A transform compiled leaf by leaf: the programs that every driver runs.
+
+Shapes: N experts, S the shape of a leaf.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax.merge import noise
+from collab_jax.merge.pieces import Wanted, piecewise
+from collab_jax.merge.stack import (
+    Facts,
+    Schedule,
+    Shape,
+    Summary,
+    Transform,
+    combine,
+    stack_leaf,
+)
+
+
+class Leaf(NamedTuple):
+    """What a driver knows of a leaf when it is merged."""
+
+    name: str  # canonical: the checkpoint's
+    base: Any  # [*S], or None to merge without a base
+    experts: tuple[Any, ...]  # N of [*S]
+    weights: tuple[Any, ...]  # N of [] or [*S]
+    key: jax.Array  # [] typed key of the whole merge
+
+
+class Answer(NamedTuple):
+    """What a piece of a leaf gave: the result, or a part of a sum that is wanted."""
+
+    result: Any = None  # the merged piece, or the summary of the survey
+    summary: Any = None  # what the piece adds to the sum, and what settling it needs
+    operands: tuple = ()
+    settle: Callable | None = None
+
+
+class Programs(NamedTuple):
+    """A transform compiled leaf by leaf; what every driver runs."""
+
+    # (Leaf, facts, type of the result or None: the base's) -> the merged leaf
+    merge: Callable[..., jax.Array]
+    # (i, Leaf, facts) -> the summary of entry i of the survey
+    ask: Callable[..., Summary]
+    # (i, Leaf of a piece, shape of the leaf, place, facts, known, type) -> `Answer` of
+    # entry i of the survey, or of the merge for i = None
+    piece: Callable[..., Answer]
+
+
+@functools.lru_cache(maxsize=128)
+def programs(transform: Transform) -> Programs:
+    """The compiled programs of a transform; leaves of one case and shape share one.
+
+    Args:
+      transform: what edits the stacks.
+
+    >>> from collab_jax.merge.stack import chain
+    >>> one, key = jnp.ones(2), jax.random.key(0)
+    >>> leaf = Leaf("a", None, (one, one), (0.5, 1.0), key)
+    >>> programs(chain()).merge(leaf, ()).tolist()
+    [1.5, 1.5]
+    """
+    named: dict[Hashable, str] = {}
+
+    def representative(name: str, shape: Shape) -> str:
+        if transform.case is None:
+            return name
+        return named.setdefault((shape, transform.case(name, shape)), name)
+
+    def arguments(leaf: Leaf, facts: Facts, shape: Shape | None = None):
+        shape = jnp.shape(leaf.experts[0]) if shape is None else shape
+        own = tuple(
+            fact.at(leaf.name, shape) if isinstance(fact, Schedule) else fact
+            for fact in facts
+        )
+        place = np.uint32(zlib.crc32(leaf.name.encode()))
+        return (*leaf[1:], place, own), representative(leaf.name, shape)
+
+    def stack(base, experts, weights, key, place):
+        return stack_leaf(base, experts, weights, noise.fold_in(key, place))
+
+    @functools.partial(jax.jit, static_argnames=("name", "dtype"))
+    def merge(base, experts, weights, key, place, facts, name, dtype):
+        made = stack(base, experts, weights, key, place)
+        merged = combine(transform.apply(made, name, facts))
+        return merged.astype(dtype or (experts[0] if base is None else base).dtype)
+
+    @functools.partial(jax.jit, static_argnames=("name", "i"))
+    def ask(base, experts, weights, key, place, facts, name, i):
+        made = stack(base, experts, weights, key, place)
+        return transform.survey[i].ask(made, name, facts)
+
+    settles: dict[Hashable, Callable] = {}
+
+    @functools.partial(jax.jit, static_argnames=("name", "dtype", "i"))
+    def piece(base, experts, weights, key, hashed, facts, place, known, name, dtype, i):
+        made = stack(base, experts, weights, key, hashed)
+        try:
+            with piecewise(known, place):
+                if i is not None:
+                    return transform.survey[i].ask(made, name, facts), None, ()
+                merged = combine(transform.apply(made, name, facts))
+        except Wanted as wanted:
+            settles[name, i, len(known)] = wanted.settle
+            return None, wanted.summary, wanted.operands
+        like = experts[0] if base is None else base
+        return merged.astype(dtype or like.dtype), None, ()
+
+    def run_merge(leaf: Leaf, facts: Facts, dtype: Any = None):
+        args, name = arguments(leaf, facts)
+        return merge(*args, name=name, dtype=dtype)
+
+    def run_ask(i: int, leaf: Leaf, facts: Facts):
+        args, name = arguments(leaf, facts)
+        return ask(*args, name=name, i=i)
+
+    def run_piece(i, leaf, shape, place, facts, known, dtype=None):
+        args, name = arguments(leaf, facts, shape)
+        given = piece(*args, place, known, name=name, dtype=dtype, i=i)
+        result, summary, operands = given
+        settle = settles.get((name, i, len(known))) if result is None else None
+        return Answer(result, summary, operands, settle)
+
+    return Programs(run_merge, run_ask, run_piece)
