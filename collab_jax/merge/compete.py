@@ -1,0 +1,195 @@
+"""Parameters that compete: PCB-Merging, whose weights come from products of deltas.
+
+All statistics are over the whole model, so they are surveys: two to find the extremes
+of all products exactly (extremes do not add up over leaves, histograms do), one for the
+denominators of the softmaxes, two more for the threshold.
+
+Shapes: N experts, S the shape of a leaf, D the entries of the model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax import order
+from collab_jax.merge import magnitude
+from collab_jax.merge.magnitude import Digit
+from collab_jax.merge.sparsify import check_share, trim_whole
+from collab_jax.merge.stack import Part, Stack, Survey, Transform, chain, lift, total
+from collab_jax.merge.weigh import scale
+
+_UPPER, _LOWER = Digit(16, 16), Digit(0, 16)
+
+
+def compete() -> Transform:
+    """Weighs each entry of a delta by its size, and by its agreement with the others.
+
+    `w_i = softmax(N norm(tau_i tau_i)) * sum_j softmax(norm(tau_i tau_j))`, entry by
+    entry, up to one factor for all; softmaxes and `norm(x) = (x - min x) / (max x - min
+    x)` are over the whole model. The weights before it are multiplied into the deltas,
+    once these have competed.
+
+    Source: PCB-Merging, arXiv 2410.02396, equations 1 and 2. The authors' code takes
+    `exp(N norm(|tau_i|)^2) * tanh(tau_i sum_j tau_j)` instead.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, ones = {"a": jnp.zeros(2)}, {"a": jnp.array([1.0, 0.0])}
+    >>> merge(compete(), base, [ones])["a"].round(4).tolist()  # (2 e / (1 + e)) ** 2
+    [2.1377, 0.0]
+    """
+
+    def products(stack: Stack) -> dict[tuple[int, int], jax.Array]:
+        """Those of each pair, in single precision."""
+        deltas = [delta.astype(jnp.float32) for delta in stack.deltas]
+        pairs = [(i, j) for i in range(len(deltas)) for j in range(i, len(deltas))]
+        return {(i, j): deltas[i] * deltas[j] for i, j in pairs}
+
+    def count_upper(stack, name, facts):
+        values = products(stack).values()
+        return [magnitude.histogram(order.ordered(x), _UPPER) for x in values]
+
+    def ends(counts, facts, size):
+        """For each pair, the bins of the smallest and of the largest product."""
+        return [[magnitude.at_rank(c, r) for r in (c.sum(), 1)] for c in counts]
+
+    def count_lower(stack, name, facts):
+        return [
+            [
+                magnitude.histogram(order.ordered(x), _LOWER, jnp.uint32(bin_))
+                for bin_, _ in pair
+            ]
+            for x, pair in zip(products(stack).values(), facts[0], strict=True)
+        ]
+
+    def extremes(counts, facts, size):
+        return [
+            [
+                _number((bin_ << _UPPER.shift) | magnitude.at_rank(c, rank)[0])
+                for c, (bin_, rank) in zip(pair, found, strict=True)
+            ]
+            for pair, found in zip(counts, facts[0], strict=True)
+        ]
+
+    def normal(stack, facts):
+        pairs = products(stack)
+        return {
+            pair: (x - low) / jnp.where(high > low, high - low, 1)
+            for (pair, x), (low, high) in zip(pairs.items(), facts[1], strict=True)
+        }
+
+    def inner(stack, facts):
+        """Numerators: of each expert with itself, and of each pair."""
+        found, count = normal(stack, facts), len(stack.deltas)
+        own = [jnp.exp(count * found[i, i]) for i in range(count)]
+        return own, {pair: jnp.exp(x) for pair, x in found.items()}
+
+    def ask_sums(stack, name, facts):
+        return jax.tree.map(jnp.sum, inner(stack, facts))
+
+    def means(sums, facts, size):
+        return jax.tree.map(lambda x: x / size, sums)
+
+    def apply(stack: Stack, name: str, facts: Any) -> Stack:
+        own, cross = inner(stack, facts)
+        own_mean, cross_mean = facts[2]
+        shares = {pair: x / jnp.float32(cross_mean[pair]) for pair, x in cross.items()}
+        weights = tuple(
+            own[i] / jnp.float32(own_mean[i])
+            * total(shares[min(i, j), max(i, j)] for j in range(len(own)))
+            for i in range(len(own))
+        )  # fmt: skip
+        moved = (w * d for w, d in zip(stack.weights, stack.deltas, strict=True))
+        precision = stack.base.dtype
+        return stack._replace(
+            deltas=tuple(moved), weights=tuple(w.astype(precision) for w in weights)
+        )
+
+    survey = (
+        Survey(count_upper, ends),
+        Survey(count_lower, extremes),
+        Survey(ask_sums, means),
+    )
+    return Transform(apply, survey, lambda name, shape: ())
+
+
+def _number(bits):
+    """The float32 of a uint32 of `order.ordered`."""
+    if isinstance(bits, jax.core.Tracer):
+        bits = bits.astype(jnp.uint32)
+        plain = jnp.where(bits >> 31 == 1, bits ^ jnp.uint32(1 << 31), ~bits)
+        return jax.lax.bitcast_convert_type(plain, jnp.float32)
+    bits = np.uint32(bits)
+    return (bits ^ np.uint32(1 << 31) if bits >> 31 else ~bits).view(np.float32)
+
+
+def on_weights(part: Part) -> Transform:
+    """Does to the weights what a part does to the deltas.
+
+    Args:
+      part: edits deltas.
+
+    >>> from collab_jax.merge.sparsify import trim
+    >>> one, weight = jnp.ones(2), jnp.array([1.0, 3.0])
+    >>> stack = Stack(one, (one,), (weight,), jax.random.key(0))
+    >>> on_weights(trim(0.5)).apply(stack, "a", ()).weights[0].tolist()
+    [0.0, 3.0]
+    """
+    transform = lift(part)
+
+    def turned(stack: Stack) -> Stack:
+        weights = (jnp.broadcast_to(w, stack.base.shape) for w in stack.weights)
+        return stack._replace(deltas=tuple(weights))
+
+    def turn(entry):
+        if not isinstance(entry, Survey):
+            return entry
+        return entry._replace(
+            ask=lambda stack, name, facts: entry.ask(turned(stack), name, facts)
+        )
+
+    def apply(stack, name, facts):
+        found = transform.apply(turned(stack), name, facts)
+        return stack._replace(weights=found.deltas, key=found.key)
+
+    return Transform(apply, tuple(turn(e) for e in transform.survey), transform.case)
+
+
+def share(stack: Stack) -> Stack:
+    """Divides the weights by their sum, entry by entry; where it is zero they stay so.
+
+    Args:
+      stack: one leaf.
+
+    >>> one, w = jnp.ones(2), (jnp.array([1.0, 0.0]), jnp.array([3.0, 0.0]))
+    >>> [w.tolist() for w in share(Stack(one, (one, one), w, None)).weights]
+    [[0.25, 0.0], [0.75, 0.0]]
+    """
+    whole = total(stack.weights)
+    whole = jnp.where(whole == 0, 1, whole)
+    return stack._replace(weights=tuple(w / whole for w in stack.weights))
+
+
+def pcb(density=0.1, lam=1.0) -> Transform:
+    """Parameter competition balancing: PCB-Merging.
+
+    `delta = sum_i b_i tau_i / sum_i b_i`, where b_i are the weights of `compete`, each
+    expert's largest kept and the rest zero.
+
+    Args:
+      density: share of each expert's entries to keep, over the whole model.
+      lam: scale of the merged delta.
+
+    Raises:
+      ValueError: for a density outside of (0, 1].
+
+    Source: arXiv 2410.02396.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> base, a = {"a": jnp.zeros(4)}, {"a": jnp.array([3.0, 0.1, 0.2, -1.0])}
+    >>> merge(pcb(0.25), base, [a])["a"].tolist()
+    [3.0, 0.0, 0.0, 0.0]
+    """
+    check_share("density", density)
+    return chain(compete(), on_weights(trim_whole(density)), share, scale(lam))
