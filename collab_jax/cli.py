@@ -13,7 +13,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from collab_jax import __version__
-from collab_jax.commands import demo, evaluate, generate, models, score
+from collab_jax.commands import demo, evaluate, generate, merge, models, score
 
 
 class _Commands(click.Group):
@@ -73,6 +73,7 @@ for command in (
     generate.generate,
     score.score,
     evaluate.evaluate,
+    merge.merge,
     demo.demo,
 ):
     cli.add_command(command)

@@ -8,12 +8,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collab_jax.io.convert import write_json
 from collab_jax.io.described import Change, result_config, result_generation
 from collab_jax.io.templates import choose_template, read_template
-from collab_jax.io.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from collab_jax.io.vocabulary import Vocabulary
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -69,7 +71,7 @@ def describe(
     shape: Shape,
     recipe: str,
     card: str | Callable[[Sequence[str]], str],
-    vocabulary: Vocabulary | None = None,
+    vocabulary: "Vocabulary | None" = None,
     chat_template: str | None = None,
 ) -> list[str]:
     """Writes every file of the result but the weights and their index.
@@ -154,7 +156,7 @@ def _change(
     shape: Shape,
     folders: Mapping[str, Path],
     donor: str,
-    vocabulary: Vocabulary | None,
+    vocabulary: "Vocabulary | None",
 ) -> Change:
     layers = None
     if shape.layers is not None:

@@ -46,12 +46,13 @@ def folder(name: str) -> Path:
     return cache() / name
 
 
-def fetch(source: str | Path) -> Path:
+def fetch(source: str | Path, revision: str | None = None) -> Path:
     """Finds a model, downloading it where needed.
 
     Args:
       source: a folder in the Hugging Face layout; a .gguf file; a short name of
         `MODELS`; or `org/name` on the Hugging Face Hub. What is on disk comes first.
+      revision: branch, tag or commit of a repository on the Hub.
 
     Returns:
       A folder with config.json, a tokenizer, and weights. For a .gguf file it is one in
@@ -90,7 +91,7 @@ def fetch(source: str | Path) -> Path:
         and _REPOSITORY.fullmatch(name)
         and path.suffix != ".gguf"
     ):
-        return _from_hub(name)
+        return _from_hub(name, revision)
     if isinstance(source, Path) or "/" in name or path.suffix == ".gguf":
         raise FileNotFoundError(f"{name} does not exist")
     close = difflib.get_close_matches(name, MODELS, 2)
@@ -123,9 +124,15 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
+    def download(wanted: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        found = download(_WANTED)
+        if any(found.glob("*.safetensors")):
+            return found
+        return download([*_WANTED, "*.bin"])  # an older repository
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FileNotFoundError(

@@ -10,11 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-    GGUF_TOKENIZER_MAPPING,
-    convert_gguf_tokenizer,
-)
 
 from collab_jax.io.gguf import Gguf
 
@@ -34,6 +29,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     >>> import tempfile
     >>> from tokenizers import Tokenizer, models
     >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> from transformers import PreTrainedTokenizerFast
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     >>> folder = tempfile.mkdtemp()
     >>> files = tokenizer.save_pretrained(folder)
@@ -46,6 +42,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise FileNotFoundError(
             f"{folder} holds no tokenizer: expected was one of {', '.join(files)}"
         )
+    from transformers import AutoTokenizer  # it takes seconds to import
+
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -72,9 +70,13 @@ def from_gguf(file: Gguf) -> Any:
         raise ValueError(f"{file.path} states no vocabulary (tokenizer.ggml.tokens)")
     if not {"ggml.merges", "ggml.scores"} & stated.keys():
         raise ValueError(f"{file.path} states neither merges nor scores of its tokens")
-    names = GGUF_TOKENIZER_MAPPING["tokenizer"]
+    from transformers import PreTrainedTokenizerFast  # it takes seconds to import
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+    names = mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]
     fields = {ours: stated[key] for key, ours in names.items() if key in stated}
-    backend, _ = convert_gguf_tokenizer(file.metadata["general.architecture"], fields)
+    family = file.metadata["general.architecture"]
+    backend, _ = mapping.convert_gguf_tokenizer(family, fields)
     if stated.get("ggml.pre") == "smollm":
         # Every digit stands alone. transformers' reading of GGUF leaves this out, and
         # gives other tokens for spaces before digits ("  12"). This one is right:
@@ -129,6 +131,7 @@ def encode(
 
     >>> from tokenizers import Tokenizer, models
     >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> from transformers import PreTrainedTokenizerFast
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     >>> encode(tokenizer, ["a", "b"])
     [[0], [1]]
@@ -164,6 +167,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
     >>> from tokenizers import Tokenizer, models
     >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> from transformers import PreTrainedTokenizerFast
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     >>> decode(tokenizer, [1, 0, 99])
     'b a'
@@ -193,6 +197,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     >>> from tokenizers import Tokenizer, models, decoders
     >>> backend = Tokenizer(models.BPE({"\u0120": 0, "a": 1, "\u0120a": 2}, []))
     >>> backend.decoder = decoders.ByteLevel()
+    >>> from transformers import PreTrainedTokenizerFast
     >>> token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
     [b' ', b'a', b' a']
     """

@@ -93,6 +93,24 @@ def references(merge: Document) -> list[Reference]:
     return list(found)
 
 
+def place_of(merge: Document, model: Reference) -> str:
+    """The path in the document at which a model is first named.
+
+    >>> [merge] = read("{merge_method: linear, models: [{model: b}], parameters: {}}")
+    >>> place_of(merge, references(merge)[0])
+    'models[0].model'
+    """
+    for module in merge.modules.values():
+        for part in module.slices or ():
+            if part.base == model != merge.base:
+                return f"{part.where}.base_model"
+        groups = [part.sources for part in module.slices or ()]
+        for source in (s for group in [*groups, module.models or ()] for s in group):
+            if source.model == model:
+                return f"{source.where}.model"
+    return "base_model"
+
+
 _KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters")
 _KEYS += (
     "dtype",

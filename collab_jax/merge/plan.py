@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from collab_jax.merge import layout, modules, tokens
-from collab_jax.merge.config import Document, references
+from collab_jax.merge.config import Document, place_of, references
 from collab_jax.merge.edits import edited, edits
 from collab_jax.merge.group import Module
 from collab_jax.merge.reference import Reference, show
@@ -69,7 +69,10 @@ def plan(
         for model in references(merge):
             key, path = show(model), model.model.path
             if path not in results and key not in known:
-                known[key] = layouts(model)
+                try:
+                    known[key] = layouts(model)
+                except (OSError, ValueError) as error:
+                    raise type(error)(f"{place_of(merge, model)}: {error}") from None
             facts[key] = results[path] if path in results else known[key]
         try:
             stage = _stage(merge, facts, set(results))
