@@ -141,30 +141,6 @@ def sce(d, weights, share):
     return result.reshape(d[0].shape)
 
 
-def pcb(d, weights, density):
-    def norm(x):
-        gap = x.max() - x.min()
-        return (x - x.min()) / gap if gap > 0 else np.zeros_like(x)
-
-    def softmax(x):
-        return np.exp(x) / np.exp(x).sum()
-
-    flat = [x.reshape(-1) for x in d]
-    betas = []
-    for x in flat:
-        beta = softmax(len(d) * norm(x * x))
-        beta = beta * sum(softmax(norm(x * other)) for other in flat)
-        least = np.sort(beta)[::-1][max(1, int(density * beta.size)) - 1]
-        betas.append(np.where(beta >= least, beta, 0))
-    result = np.zeros(flat[0].size)
-    for i in range(result.size):
-        whole = sum(beta[i] for beta in betas)
-        if whole:
-            moved = zip(weights, betas, flat, strict=True)
-            result[i] = sum(w * beta[i] * x[i] for w, beta, x in moved) / whole
-    return result.reshape(d[0].shape)
-
-
 def cosine(a, b):
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 

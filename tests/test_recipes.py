@@ -105,11 +105,6 @@ CASES = {
         leafwise(times(0.5, naive.largest)),
         recipes.task_arithmetic(0.5),
     ),
-    "pcb": (
-        recipes.pcb(0.4, 1.2),
-        leafwise(lambda d, w, name: 1.2 * naive.pcb(d, w, 0.4)),
-        recipes.pcb(1.0, 1.2),
-    ),
 }  # fmt: skip
 
 
@@ -259,7 +254,6 @@ def test_densities_count_the_same_traced_or_not():
         (lambda: recipes.breadcrumbs(-0.1, 0.1), "sum to less than 1"),
         (lambda: recipes.della(0.1, 0.1), "density - epsilon > 0"),
         (lambda: recipes.della(0.95, 0.1), "density - epsilon > 0"),
-        (lambda: recipes.pcb(0.0), r"in \(0, 1\] is expected"),
         (lambda: recipes.lines(0, 1, 0), "layers = 0 was given"),
         (lambda: merge(recipes.lines(0, 1, 2), BASE, EXPERTS), "layer 2, of 2 layers"),
         (lambda: merge(recipes.analogy(), BASE, EXPERTS[:2]), "2 experts were given"),

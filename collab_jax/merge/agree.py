@@ -1,4 +1,4 @@
-"""Parts in which deltas meet: they agree on a sign, share positions, or compete.
+"""Parts in which deltas meet: they agree on a sign, or share positions.
 
 Shapes: N experts, S the shape of a leaf.
 """
@@ -6,12 +6,9 @@ Shapes: N experts, S the shape of a leaf.
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-from collab_jax.merge.magnitude import among_largest, kept
 from collab_jax.merge.pieces import flat
-from collab_jax.merge.sparsify import check_share
 from collab_jax.merge.stack import Stack, total
 
 
@@ -27,6 +24,7 @@ def elect_sign(stack: Stack) -> Stack:
 
     Source: arXiv 2306.01708.
 
+    >>> import jax
     >>> deltas = jnp.array([2.0, -1.0]), jnp.array([-1.0, -3.0])
     >>> found = elect_sign(Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0)))
     >>> [delta.tolist() for delta in found.deltas]
@@ -52,6 +50,7 @@ def disjoint_mean(stack: Stack) -> Stack:
 
     Source: arXiv 2306.01708.
 
+    >>> import jax
     >>> deltas = jnp.array([2.0, 0.0]), jnp.array([4.0, -3.0])
     >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
     >>> [weight.tolist() for weight in disjoint_mean(stack).weights]
@@ -76,12 +75,14 @@ def shared_by(count: int) -> Callable[[Stack], Stack]:
 
     Source: Consensus merging, arXiv 2405.07813, there after TALL masks.
 
+    >>> import jax
     >>> deltas = jnp.array([2.0, 0.0]), jnp.array([4.0, -3.0])
     >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
     >>> [delta.tolist() for delta in shared_by(2)(stack).deltas]
     [[2.0, 0.0], [4.0, 0.0]]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         enough = total((delta != 0).astype(jnp.int32) for delta in stack.deltas)
         shared = (jnp.where(enough >= count, delta, 0) for delta in stack.deltas)
@@ -90,6 +91,7 @@ def shared_by(count: int) -> Callable[[Stack], Stack]:
     return apply
 
 
+@flat
 def largest(stack: Stack) -> Stack:
     """Keeps at each position the delta of largest magnitude; the later one of equals.
 
@@ -100,6 +102,7 @@ def largest(stack: Stack) -> Stack:
 
     Source: MagMax, arXiv 2407.06322.
 
+    >>> import jax
     >>> deltas = jnp.array([2.0, -1.0, 1.0]), jnp.array([-1.0, -3.0, -1.0])
     >>> found = largest(Stack(jnp.zeros(3), deltas, (1.0, 1.0), jax.random.key(0)))
     >>> [delta.tolist() for delta in found.deltas]
@@ -114,55 +117,3 @@ def largest(stack: Stack) -> Stack:
         taken |= wins
         winners.append(jnp.where(wins, delta, 0))
     return stack._replace(deltas=tuple(reversed(winners)))
-
-
-def compete(density) -> Callable[[Stack], Stack]:
-    """Weights of a mean in which entries compete: within an expert and with the others.
-
-    `beta_n = softmax(N norm(delta_n^2)) * sum_m softmax(norm(delta_n delta_m))`, norm
-    from 0 to 1 and softmax over the entries of the leaf; the largest of each beta are
-    kept, the rest is zero; `w'_n = w_n beta_n / sum_m beta_m`, 0 where all are zero.
-
-    Args:
-      density: share of the entries to keep, in (0, 1].
-
-    Raises:
-      ValueError: for a density outside of (0, 1].
-
-    Source: PCB-Merging, arXiv 2410.02396 (there over the whole model, here leaf by
-    leaf).
-
-    >>> deltas = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, -2.0, 0.0])
-    >>> stack = Stack(jnp.zeros(3), deltas, (1.0, 1.0), jax.random.key(0))
-    >>> [[round(float(w), 2) for w in ws] for ws in compete(0.67)(stack).weights]
-    [[0.86, 0.12, 0.0], [0.14, 0.88, 0.0]]
-    """
-    check_share("density", density)
-
-    def apply(stack: Stack) -> Stack:
-        count = len(stack.deltas)
-        betas = []
-        for delta in stack.deltas:
-            inside = _softmax(count * _norm(jnp.square(delta)))
-            beside = total(_softmax(_norm(delta * other)) for other in stack.deltas)
-            beta = inside * beside
-            among = among_largest(beta, kept(density, beta.size))
-            betas.append(jnp.where(among, beta, 0))
-        whole = total(betas)
-        whole = jnp.where(whole == 0, 1, whole)
-        weights = zip(stack.weights, betas, strict=True)
-        return stack._replace(weights=tuple(w * beta / whole for w, beta in weights))
-
-    return apply
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    """From 0 to 1; all 0 where all are equal."""
-    low, high = x.min(), x.max()
-    return (x - low) / jnp.where(high > low, high - low, 1)
-
-
-def _softmax(x: jax.Array) -> jax.Array:
-    """Over all entries."""
-    exponentials = jnp.exp(x - x.max())
-    return exponentials / exponentials.sum()

@@ -17,6 +17,7 @@ from collab_jax.merge.weigh import (
     by_square,
     cosine_of_mean_angle,
     mean,
+    on_sphere,
     unweighted,
 )
 
@@ -146,3 +147,23 @@ def model_stock(
     [0.828, 0.414]
     """
     return chain(mean, by_agreement(cosine))
+
+
+def karcher_mean(max_iter=100, tol=1e-6) -> Transform:
+    """The mean of the models' directions on the sphere, with their mean length.
+
+    Merged without a base, leaf by leaf.
+
+    Args:
+      max_iter: steps at most.
+      tol: the length of a step that ends them, in radians.
+
+    Source: Karcher 1977; arXiv 2603.04972 for merging.
+
+    >>> import jax.numpy as jnp
+    >>> from collab_jax.merge.memory import merge
+    >>> models = [{"a": jnp.array([2.0, 0.0])}, {"a": jnp.array([0.0, 2.0])}]
+    >>> [round(float(x), 3) for x in merge(karcher_mean(), None, models)["a"]]
+    [1.414, 1.414]
+    """
+    return chain(on_sphere(max_iter, tol))

@@ -3,7 +3,7 @@
 Use: `merge(ties(), base, experts)`. Averages of models are in `averages`.
 """
 
-from collab_jax.merge.agree import compete, disjoint_mean, elect_sign, largest
+from collab_jax.merge.agree import disjoint_mean, elect_sign, largest
 from collab_jax.merge.schedule import knobs, linear_by_layer
 from collab_jax.merge.sparsify import (
     drop_and_rescale,
@@ -250,25 +250,3 @@ def expo(alpha=0.3) -> Transform:
     [4.0]
     """
     return chain(scale(1 + alpha))
-
-
-def pcb(density=0.1, lam=1.0) -> Transform:
-    """Task vectors weighted by how their entries compete: PCB-Merging.
-
-    Args:
-      density: share of the entries of each leaf that stay in the competition.
-      lam: scale of the merged task vector.
-
-    Raises:
-      ValueError: for a density outside of (0, 1].
-
-    Source: arXiv 2410.02396 (there over the whole model, here leaf by leaf).
-
-    >>> import jax.numpy as jnp
-    >>> from collab_jax.merge.memory import merge
-    >>> rows = jnp.array([[2.0, 0.1, 0.0], [0.1, -2.0, 0.0]])
-    >>> found = merge(pcb(0.34), {"a": jnp.zeros(3)}, [{"a": row} for row in rows])
-    >>> found["a"].tolist()
-    [2.0, -2.0, 0.0]
-    """
-    return chain(compete(density), scale(lam))

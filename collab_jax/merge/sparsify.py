@@ -3,6 +3,7 @@
 Shapes: N experts, S the shape of a leaf, M its entries.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -197,7 +198,8 @@ def select_varying(share) -> Callable[[Stack], Stack]:
     """Keeps the entries in which the experts differ most; the rest is zero.
 
     Of M entries `max(1, int(share * M))` of largest variance over the experts are kept,
-    and those that are tied with the last of them.
+    and those that are tied with the last of them. The variance of N numbers is, up to a
+    factor, the sum of the squared differences of all pairs.
 
     Args:
       share: of the entries to keep, in (0, 1].
@@ -215,15 +217,25 @@ def select_varying(share) -> Callable[[Stack], Stack]:
     check_share("share", share)
 
     def apply(stack: Stack) -> Stack:
-        count = len(stack.deltas)
-        middle = total(stack.deltas) / count
-        variance = total(jnp.square(delta - middle) for delta in stack.deltas) / count
-        mask = magnitude.among_largest(variance, kept(share, variance.size))
+        pairs = itertools.combinations(stack.deltas, 2)
+        spread = total(
+            [jnp.zeros_like(stack.base), *(_squared(a - b) for a, b in pairs)]
+        )
+        mask = magnitude.among_largest(spread, kept(share, spread.size))
         return stack._replace(
             deltas=tuple(jnp.where(mask, delta, 0) for delta in stack.deltas)
         )
 
     return apply
+
+
+def _squared(x: jax.Array) -> jax.Array:
+    """Bounded, so that no compiler fuses the square with a sum that follows.
+
+    Where a threshold and what is compared with it are computed in two loops, a square
+    that is rounded in one of them alone loses the entry that the threshold is.
+    """
+    return jnp.minimum(jnp.square(x), jnp.finfo(x.dtype).max)
 
 
 def keep_band(beta, gamma) -> Callable[[Stack], Stack]:
@@ -298,15 +310,9 @@ def drop_by_rank(density, epsilon) -> Callable[[Stack], Stack]:
             "epsilon > 0 and density + epsilon <= 1 are expected"
         )
 
-    def share(delta: jax.Array) -> jax.Array:
-        width = delta.shape[-1] if delta.ndim else 1
-        if width == 1:
-            return jnp.full(delta.shape, density, delta.dtype)
-        place = rank.ranks(delta).astype(delta.dtype) / (width - 1)
-        return (density - epsilon) + 2 * epsilon * place
-
     def apply(stack: Stack) -> Stack:
-        shares = [share(delta) for delta in stack.deltas]
+        ends = density - epsilon, density + epsilon
+        shares = [rank.rising(delta, *ends) for delta in stack.deltas]
         larger = (d / p for d, p in zip(stack.deltas, shares, strict=True))
         dropped = drop(shares, lambda delta, mask: jnp.where(mask, delta, 0))
         return dropped(stack._replace(deltas=tuple(larger)))

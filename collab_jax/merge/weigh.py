@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.merge import spherical
-from collab_jax.merge.pieces import flat
+from collab_jax.merge.pieces import flat, over_leaf
 from collab_jax.merge.stack import Part, Stack, Survey, Transform, lift, total
 
 
@@ -62,6 +62,7 @@ def by_place(factors: Sequence | Callable[[int], Sequence]) -> Callable[[Stack],
     (0.25, 0.75)
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         count = len(stack.weights)
         given = list(factors(count) if callable(factors) else factors)
@@ -76,10 +77,11 @@ def by_place(factors: Sequence | Callable[[int], Sequence]) -> Callable[[Stack],
     return apply
 
 
+@flat
 def by_square(stack: Stack) -> Stack:
-    """Multiplies the weights by the mean square of each delta of this leaf.
+    """Multiplies the weights by the squared norm of each delta of this leaf.
 
-    `w'_n = w_n mean(delta_n^2)`; where all deltas are zero the weights stay.
+    `w'_n = w_n ||delta_n||^2`; where all deltas are zero the weights stay.
 
     Args:
       stack: one leaf.
@@ -89,10 +91,11 @@ def by_square(stack: Stack) -> Stack:
     >>> deltas = jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])
     >>> stack = Stack(jnp.zeros(2), deltas, (1.0, 1.0), jax.random.key(0))
     >>> [float(weight) for weight in by_square(stack).weights]
-    [1.0, 2.0]
+    [2.0, 4.0]
     """
-    squares = [jnp.square(delta).mean() for delta in stack.deltas]
-    return _times(stack, _or_ones(squares))
+    squares = [jnp.square(delta).sum() for delta in stack.deltas]
+    found = over_leaf(squares, _or_ones)
+    return _times(stack, [jnp.asarray(x, stack.base.dtype) for x in found])
 
 
 def by_norm() -> Transform:
@@ -116,7 +119,7 @@ def by_norm() -> Transform:
         return _times(stack, [jnp.asarray(x, stack.base.dtype) for x in facts[0]])
 
     survey = Survey(ask, lambda totals, facts, size: _or_ones(totals))
-    return Transform(apply, (survey,), lambda name, shape: ())
+    return Transform(apply, (survey,), lambda name, shape: (), flat=True)
 
 
 def cosines(stack: Stack) -> list[jax.Array]:
