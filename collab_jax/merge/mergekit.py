@@ -89,12 +89,12 @@ def _known(*values: Any) -> bool:
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
-def _check_sum(flag: str) -> Callable[[Knobs, Shape], Knobs]:
-    """Where weights are divided by their sum, it must not be zero."""
+def _check_sum(flag: str, least: int) -> Callable[[Knobs, Shape], Knobs]:
+    """Where `least` weights or more are divided by their sum, it must not be zero."""
 
     def prepare(knobs: Knobs, shape: Shape) -> Knobs:
-        weights = knobs.get("weight") or (1.0,)
-        divided = knobs[flag] and len(weights) > 1 and _known(*weights)
+        weights = knobs.get("weight") or ()
+        divided = knobs[flag] and len(weights) >= least and _known(*weights)
         if divided and sum(weights) == 0:
             raise ValueError(
                 f"the weights {list(weights)} sum to 0 and {flag} divides by that: "
@@ -200,7 +200,7 @@ def _select(knobs: Knobs, shape: Shape) -> Knobs:
 
 METHODS: dict[str, Method] = {
     "linear": Method(
-        lambda k: vectors.linear(k["normalize"]), _check_sum("normalize"), "none"
+        lambda k: vectors.linear(k["normalize"]), _check_sum("normalize", 1), "none"
     ),
     "slerp": Method(lambda k: vectors.slerp(k["t"]), _same, "none"),
     "nuslerp": Method(
@@ -210,7 +210,7 @@ METHODS: dict[str, Method] = {
     ),
     "multislerp": Method(
         lambda k: vectors.multislerp(k["normalize_weights"], k["eps"]),
-        _check_sum("normalize_weights"),
+        _check_sum("normalize_weights", 2),
         "delta",
     ),
     "karcher": Method(

@@ -246,15 +246,16 @@ def ramplus_tl(r=0.1, alpha=0.2, epsilon=1e-5) -> Part:
     def apply(stack: Stack) -> Stack:
         changed = [abs(delta) > epsilon for delta in stack.deltas]
         count = total(mask.astype(jnp.int32) for mask in changed)
-        precision = stack.base.dtype
-        each = 1 / jnp.maximum(count, 1).astype(precision)
+        each = 1 / jnp.maximum(count, 1).astype(stack.base.dtype)
         weights = []
         for mask in changed:
-            shared = (mask & (count > 1)).sum(dtype=jnp.int32).astype(precision)
-            alone = (mask & (count == 1)).sum(dtype=jnp.int32).astype(precision)
-            ratio = jnp.clip(shared / jnp.maximum(alone, epsilon), 0, alpha)
-            gain = jnp.where(count == 1, 1 + r * ratio, each)
-            weights.append(jnp.where(mask, gain, 0))
+            shared = (mask & (count > 1)).sum(dtype=jnp.int32)
+            alone = (mask & (count == 1)).sum(dtype=jnp.int32)
+            # a ratio of counts is float32 there, for float64 too
+            ratio = jnp.float32(shared) / jnp.maximum(alone, jnp.float32(epsilon))
+            gain = 1 + jnp.float32(r) * jnp.clip(ratio, 0, jnp.float32(alpha))
+            weight = jnp.where(count == 1, gain.astype(each.dtype), each)
+            weights.append(jnp.where(mask, weight, 0))
         return reweigh(stack, weights)
 
     return apply

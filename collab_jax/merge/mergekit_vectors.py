@@ -108,9 +108,10 @@ def multislerp(normalize_weights=True, eps=1e-8) -> Part:
     """The mean direction with the mean norm: `(sum_n w_n ||x_n||) m / ||m||`.
 
     `m = sum_n w_n x_n / (||x_n|| + eps)`; x are the models, or the deltas where there
-    is a base. mergekit's way by way of the tangent space at m comes to the same, for
-    the mean of the tangents is zero. One input is taken as it is. Where `||m|| < eps`
-    the result is `sum_n w_n x_n`; mergekit refuses that for more than two inputs.
+    is a base. mergekit's way through the tangent space at m comes to that times
+    `cos(eps)`, which is kept, for the mean of the tangents is zero. One input is taken
+    as it is. Where `||m|| < eps` the result is `sum_n w_n x_n`; mergekit refuses that
+    for more than two inputs.
 
     Args:
       normalize_weights: divide the weights by their sum.
@@ -135,7 +136,7 @@ def multislerp(normalize_weights=True, eps=1e-8) -> Part:
         length = norm(total(share * delta for share, delta in pairs))
         size = total(w * n for w, n in zip(stack.weights, norms, strict=True))
         balanced = length < eps
-        by = size / jnp.where(balanced, 1, length)
+        by = size * jnp.cos(eps) / jnp.where(balanced, 1, length)
         pairs = zip(stack.weights, shares, strict=True)
         return reweigh(stack, [jnp.where(balanced, w, by * s) for w, s in pairs])
 
