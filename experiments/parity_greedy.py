@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from collab_jax import decode, law, lm, warp
-from collab_jax.io import hub, names
+from collab_jax.io import canonical, hub
 from collab_jax.io.load import load
 from collab_jax.models import config as configs
 from collab_jax.models import transformer
@@ -117,7 +117,7 @@ def toy() -> Subject:
             **configs.to_hf(config), attn_implementation="eager", dtype="float32"
         )
     )
-    state = {k: torch.tensor(v) for k, v in names.save_tree(config, params)}
+    state = {k: torch.tensor(v) for k, v in canonical.save_tree(config, params)}
     theirs.load_state_dict(state)
     texts = [LICENSE.read_text()[:200] if k[0] == "1" else t for k, t in PROMPTS]
     prompts = [list(text.encode())[:64] or [256] for text in texts]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax.io import names
+from collab_jax.io import canonical
 from collab_jax.models.config import from_hf, long_context, to_hf
 from collab_jax.models.transformer import transformer
 
@@ -26,7 +26,7 @@ def test_logits(name):
         config = long_context(config)
     tokens, length = GOLDEN["tokens"], GOLDEN["length"]
     drawn = families.tensors(config)
-    params = jax.tree.map(jnp.asarray, names.load_tree(config, drawn.__getitem__))
+    params = jax.tree.map(jnp.asarray, canonical.load_tree(config, drawn.__getitem__))
     backbone = transformer(config)
 
     @jax.jit

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from collab_jax import combine, pool, slots, tree, warp
-from collab_jax.io import names
+from collab_jax.io import canonical
 from collab_jax.lm import language_model
 from collab_jax.models import lora, table
 from collab_jax.models.config import from_hf
@@ -22,7 +22,7 @@ def model(name, layers=2):
         changes["layer_types"] = families.CASES[name]["layer_types"][:layers]
     config = from_hf(families.CASES[name] | changes)
     drawn = families.tensors(config)
-    params = jax.tree.map(jnp.asarray, names.load_tree(config, drawn.__getitem__))
+    params = jax.tree.map(jnp.asarray, canonical.load_tree(config, drawn.__getitem__))
     return language_model(transformer(config)), params
 
 

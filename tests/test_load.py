@@ -11,7 +11,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 from small_model import TEMPLATE, model, tokenizer
 
-from collab_jax.io import checkpoint, names
+from collab_jax.io import canonical, checkpoint
 from collab_jax.io import safetensors as disk
 from collab_jax.io.load import load, save
 from collab_jax.io.tokenizer import decode, encode, token_bytes
@@ -234,7 +234,7 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch):
         save(first._replace(params=more), tmp_path / "a")
 
     def broken(config, params):
-        yield from list(names.save_tree(config, params))[:3]
+        yield from list(canonical.save_tree(config, params))[:3]
         raise OSError("disk full")
 
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from collab_jax.io import names
+from collab_jax.io import canonical, names
 from collab_jax.models.config import from_hf
 from collab_jax.models.transformer import init
 
@@ -16,8 +16,8 @@ def test_round_trip(name):
     config = from_hf(families.CASES[name])
     given = families.tensors(config)
     given = {k: v.astype(ml_dtypes.bfloat16) for k, v in given.items()}
-    tree = names.load_tree(config, given.__getitem__)
-    saved = dict(names.save_tree(config, tree))
+    tree = canonical.load_tree(config, given.__getitem__)
+    saved = dict(canonical.save_tree(config, tree))
     assert list(saved) == list(given)
     for key, value in given.items():
         assert saved[key].dtype == value.dtype
@@ -44,7 +44,7 @@ def test_a_wrong_shape_names_the_tensor():
     key = "model.layers.1.mlp.up_proj.weight"
     given[key] = given[key].T
     with pytest.raises(ValueError, match=rf"{key} has shape \(36, 50\).*\(50, 36\)"):
-        names.load_tree(config, given.__getitem__)
+        canonical.load_tree(config, given.__getitem__)
 
 
 NAMES = [
@@ -68,3 +68,16 @@ NAMES = [
 def test_names_on_disk(family, found, expected):
     config = from_hf(families.CASES[family])
     assert names.canonical(config, found) == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "mixtral"])
+def test_arrays_of_jax_stay_there(name):
+    """Under jit, trees become checkpoints and back; nothing goes through the host."""
+    case = next(key for key in families.CASES if key.startswith(name))
+    config = from_hf(families.CASES[case])
+    given = {k: jax.numpy.asarray(v) for k, v in families.tensors(config).items()}
+    there = jax.jit(lambda t: canonical.from_checkpoint(config, t))
+    back = jax.jit(lambda p: canonical.to_checkpoint(config, p))
+    found = back(there(given))
+    for key, value in given.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)

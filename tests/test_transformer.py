@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax.io import names
+from collab_jax.io import canonical
 from collab_jax.lm import KVCache, branch_by_rows, language_model
 from collab_jax.models import attention, moe
 from collab_jax.models.config import from_hf, long_context
@@ -23,7 +23,7 @@ CAPACITY = 32
 def build(name, taps=(), **changes):
     config = from_hf(families.CASES[name] | changes)
     drawn = families.tensors(config)
-    params = jax.tree.map(jnp.asarray, names.load_tree(config, drawn.__getitem__))
+    params = jax.tree.map(jnp.asarray, canonical.load_tree(config, drawn.__getitem__))
     return config, params, transformer(config, taps)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from collab_jax import lm as lms
-from collab_jax.io import convert, gguf, names, safetensors
+from collab_jax.io import canonical, convert, gguf, names, safetensors
 from collab_jax.io.hub import fetch
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.io.tokenizer import load_tokenizer
@@ -309,4 +309,4 @@ def _layouts(model: Model) -> dict[str, Layout]:
 
 
 def _tensors(model: Model) -> Iterator[np.ndarray]:
-    return (tensor for _, tensor in names.save_tree(model.config, model.params))
+    return (tensor for _, tensor in canonical.save_tree(model.config, model.params))

@@ -5,10 +5,10 @@ fused (queries, keys and values in one), some split (one matrix an expert); a tr
 has `[in, out]` kernels, one leaf a matrix, experts stacked. A `Rule` translates tensors
 into leaves and back without loss. The order of the rules is the checkpoint's.
 
-numpy only: any type, bfloat16 through ml_dtypes included, passes unchanged.
+Arrays of numpy or of JAX, tracers and sharded ones included: any type passes unchanged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from collab_jax.models.config import Config
 
 Path = tuple[str, ...]
-Arrays = list[np.ndarray]
+Arrays = list[Any]  # of numpy or of JAX
 
 
 class Rule(NamedTuple):
@@ -33,8 +33,26 @@ def _same(path: Path, name: str, *shape: int) -> Rule:
     return Rule((path,), (name,), (shape,), list, list)
 
 
+def _own(array: Any) -> Any:
+    """In the order of memory that its shape says, where numpy only changed the view."""
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
+
+
 def _flip(arrays: Arrays) -> Arrays:
-    return [np.ascontiguousarray(array.T) for array in arrays]
+    return [_own(array.T) for array in arrays]
+
+
+def _join(arrays: Arrays, axis: int = 0) -> Any:
+    return arrays[0].__array_namespace__().concatenate(arrays, axis=axis)
+
+
+def _stack(arrays: Arrays, axis: int = 0) -> Any:
+    return arrays[0].__array_namespace__().stack(arrays, axis=axis)
+
+
+def _cut(array: Any, cuts: list[int]) -> Arrays:
+    ends = [*cuts, array.shape[0]]
+    return [array[a:b] for a, b in zip([0, *cuts], ends, strict=True)]
 
 
 def _linear(path: Path, name: str, size_in: int, size_out: int) -> Rule:
@@ -46,10 +64,10 @@ def _fused(paths: tuple[Path, ...], name: str, sizes: list[int], *rest: int) -> 
     cuts = np.cumsum(sizes)[:-1].tolist()
 
     def load(tensors: Arrays) -> Arrays:
-        return _flip(np.split(tensors[0], cuts, axis=0))
+        return _flip(_cut(tensors[0], cuts))
 
     def save(leaves: Arrays) -> Arrays:
-        return [np.ascontiguousarray(np.concatenate([leaf.T for leaf in leaves]))]
+        return [_own(_join([leaf.T for leaf in leaves]))]
 
     return Rule(paths, (name,), ((sum(sizes), *rest),), load, save)
 
@@ -58,11 +76,12 @@ def _thirds(paths: tuple[Path, ...], name: str, *shape: int) -> Rule:
     """GPT-2: one `[in, 3 out]` or `[3 out]` tensor, cut along the last axis."""
 
     def load(tensors: Arrays) -> Arrays:
-        parts = np.split(tensors[0], 3, axis=-1)
-        return [np.ascontiguousarray(part) for part in parts]
+        width = tensors[0].shape[-1] // 3
+        starts = (0, width, 2 * width)
+        return [_own(tensors[0][..., start : start + width]) for start in starts]
 
     def save(leaves: Arrays) -> Arrays:
-        return [np.concatenate(leaves, axis=-1)]
+        return [_join(leaves, axis=-1)]
 
     return Rule(paths, (name,), (shape,), load, save)
 
@@ -76,7 +95,7 @@ def _per_head(paths: tuple[Path, ...], name: str, heads: int, *shape: int) -> Ru
 
     def save(leaves: Arrays) -> Arrays:
         split = [leaf.T.reshape(heads, -1, *shape[1:]) for leaf in leaves]
-        return [np.ascontiguousarray(np.stack(split, axis=1).reshape(shape))]
+        return [_own(_stack(split, axis=1).reshape(shape))]
 
     return Rule(paths, (name,), (shape,), load, save)
 
@@ -85,10 +104,10 @@ def _stacked(path: Path, names: list[str], size_in: int, size_out: int) -> Rule:
     """One `[out, in]` matrix an expert; the leaf is `[E, in, out]`."""
 
     def load(tensors: Arrays) -> Arrays:
-        return [np.stack([tensor.T for tensor in tensors])]
+        return [_stack([tensor.T for tensor in tensors])]
 
     def save(leaves: Arrays) -> Arrays:
-        return [np.ascontiguousarray(kernel.T) for kernel in leaves[0]]
+        return _flip(list(leaves[0]))
 
     shapes = ((size_out, size_in),) * len(names)
     return Rule((path,), tuple(names), shapes, load, save)
@@ -326,64 +345,3 @@ def canonical(config: Config, name: str) -> str | None:
     if config.tied and name in ("lm_head.weight", "embed_out.weight"):
         return None
     return name
-
-
-def load_tree(config: Config, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    """Builds a params tree, one rule after the other.
-
-    Args:
-      config: what the model is made of.
-      read: canonical name -> tensor.
-
-    Returns:
-      A nested dict of numpy arrays.
-
-    Raises:
-      ValueError: where a tensor has another shape than the configuration says.
-
-    >>> from collab_jax.models.config import from_hf
-    >>> config = from_hf({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1})
-    >>> shapes = {n: s for r in rules(config) for n, s in zip(r.names, r.shapes)}
-    >>> tree = load_tree(config, lambda name: np.zeros(shapes[name]))
-    >>> tree["layers_0"]["attention"]["k"]["kernel"].shape
-    (4, 4)
-    """
-    tree: dict[str, Any] = {}
-    for rule in rules(config):
-        tensors = [read(name) for name in rule.names]
-        for name, tensor, shape in zip(rule.names, tensors, rule.shapes, strict=True):
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"tensor {name} has shape {tensor.shape}, but config.json "
-                    f"implies {shape}"
-                )
-        for path, leaf in zip(rule.paths, rule.load(tensors), strict=True):
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = leaf
-    return tree
-
-
-def save_tree(config: Config, params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a checkpoint in canonical order, one rule at a time.
-
-    Args:
-      config: what the model is made of.
-      params: a nested dict of arrays.
-
-    >>> from collab_jax.models.config import from_hf
-    >>> config = from_hf({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 0})
-    >>> shapes = {n: s for r in rules(config) for n, s in zip(r.names, r.shapes)}
-    >>> tree = load_tree(config, lambda name: np.zeros(shapes[name]))
-    >>> [name for name, _ in save_tree(config, tree)][:2]
-    ['transformer.wte.weight', 'transformer.wpe.weight']
-    """
-    for rule in rules(config):
-        leaves = []
-        for path in rule.paths:
-            node = params
-            for part in path:
-                node = node[part]
-            leaves.append(np.asarray(node))
-        yield from zip(rule.names, rule.save(leaves), strict=True)

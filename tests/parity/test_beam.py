@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from collab_jax import beam, decode
-from collab_jax.io import names
+from collab_jax.io import canonical
 from collab_jax.lm import language_model
 from collab_jax.models.config import from_hf
 from collab_jax.models.transformer import transformer
@@ -120,7 +120,7 @@ def tiny(name, tmp_path):
     raw = families.CASES[name]
     config = from_hf(raw)
     tensors = write_folder(tmp_path / "given", config, raw)
-    params = jax.tree.map(jnp.asarray, names.load_tree(config, tensors.__getitem__))
+    params = jax.tree.map(jnp.asarray, canonical.load_tree(config, tensors.__getitem__))
     model = load_torch(tmp_path / "given")
     return model, language_model(transformer(config)), params, config.vocab
 

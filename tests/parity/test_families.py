@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from collab_jax.io import names
+from collab_jax.io import canonical
 from collab_jax.lm import language_model
 from collab_jax.models.config import from_hf, long_context, to_hf
 from collab_jax.models.transformer import transformer
@@ -111,7 +111,7 @@ def test_logits(name, tmp_path):
     expected, margin = torch_logits(
         load_torch(tmp_path / "given"), *families.batch(config)
     )
-    params = names.load_tree(config, tensors.__getitem__)
+    params = canonical.load_tree(config, tensors.__getitem__)
     params = jax.tree.map(jnp.asarray, params)
     tokens, length = families.batch(config)
     backbone = transformer(config)
@@ -211,7 +211,7 @@ def test_a_wrong_model_fails(name, tmp_path):
                 for r in wrong.rotary
             ),
         )
-    params = names.load_tree(config, tensors.__getitem__)
+    params = canonical.load_tree(config, tensors.__getitem__)
     params = jax.tree.map(jnp.asarray, params)
     found = jax.jit(whole, static_argnums=0)(transformer(wrong), params, tokens)
     checked = np.arange(tokens.shape[1]) < length[:, None]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collab_jax.finetune import finetuner
-from collab_jax.io.names import load_tree, save_tree
+from collab_jax.io.canonical import load_tree, save_tree
 from collab_jax.models import transformer
 from collab_jax.models.config import from_hf, to_hf
 from collab_jax.packing import Batch

@@ -11,7 +11,7 @@ from gguf_files import FAMILIES, llama_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collab_jax import decode
-from collab_jax.io import gguf, hub, names
+from collab_jax.io import canonical, gguf, hub
 from collab_jax.io.load import Model, load
 from collab_jax.io.tokenizer import load_tokenizer
 
@@ -49,7 +49,7 @@ def reference(path: Path):
 
 
 def compare_tensors(model: Model, torch_model) -> None:
-    ours = dict(names.save_tree(model.config, model.params))
+    ours = dict(canonical.save_tree(model.config, model.params))
     theirs = torch_model.state_dict()
     for name, tensor in ours.items():
         if ".experts." in name:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from collab_jax.io.names import load_tree
+from collab_jax.io.canonical import load_tree
 from collab_jax.io.peft import load_adapter, save_adapter
 from collab_jax.lm import language_model
 from collab_jax.models import lora, transformer
