@@ -90,7 +90,7 @@ def at_rank(counts, rank):
     width = (len(counts) - 1).bit_length()
 
     def above_or_at(least):
-        return jnp.where(bins >= least, counts, 0).sum()
+        return jnp.where(bins >= least, counts, 0).sum(dtype=counts.dtype)
 
     def set_bit(i, found):
         candidate = found | (1 << (width - 1 - i))
