@@ -61,7 +61,7 @@ def test_keys_are_independent():
     gram = signs @ signs.T / signs.shape[1]
     off = gram[~np.eye(len(gram), dtype=bool)]
     assert abs(off).max() < 5 / np.sqrt(signs.shape[1])
-    # one is not another one shifted: 2 ** 30 pairs of numbers, a quarter meets by chance
+    # one is not another one shifted; of 2 ** 30 pairs a quarter meets by chance
     for i, row in enumerate(rows):
         shared = [int(np.isin(row, other).sum()) for other in rows[i + 1 :]]
         assert max(shared, default=0) <= 5
