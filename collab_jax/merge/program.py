@@ -71,19 +71,22 @@ def programs(transform: Transform) -> Programs:
     """
     named: dict[Hashable, str] = {}
 
-    def representative(name: str, shape: Shape) -> str:
+    def representative(name: str, shape: Shape, whole: bool) -> str:
         if transform.case is None:
             return name
-        return named.setdefault((shape, transform.case(name, shape)), name)
+        # pieces of all leaves have the same few shapes
+        key = shape if whole else None, transform.case(name, shape)
+        return named.setdefault(key, name)
 
     def arguments(leaf: Leaf, facts: Facts, shape: Shape | None = None):
-        shape = jnp.shape(leaf.experts[0]) if shape is None else shape
+        whole = shape is None
+        shape = jnp.shape(leaf.experts[0]) if whole else shape
         own = tuple(
             fact.at(leaf.name, shape) if isinstance(fact, Schedule) else fact
             for fact in facts
         )
         place = np.uint32(zlib.crc32(leaf.name.encode()))
-        return (*leaf[1:], place, own), representative(leaf.name, shape)
+        return (*leaf[1:], place, own), representative(leaf.name, shape, whole)
 
     def stack(base, experts, weights, key, place):
         return stack_leaf(base, experts, weights, noise.fold_in(key, place))
