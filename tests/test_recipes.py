@@ -8,10 +8,12 @@ import naive_merge as naive
 import numpy as np
 import pytest
 
-from collab_jax.merge import recipes
+from collab_jax.merge import averages, recipes, split
 from collab_jax.merge.agree import disjoint_mean, elect_sign, shared_by
 from collab_jax.merge.magnitude import kept
 from collab_jax.merge.memory import merge
+from collab_jax.merge.pieces import flat
+from collab_jax.merge.program import Leaf, programs
 from collab_jax.merge.schedule import by_name, count_layers, knobs, linear_by_layer
 from collab_jax.merge.sparsify import drop_by_rank, keep_band, trim
 from collab_jax.merge.stack import Stack, chain, scheduled
@@ -264,3 +266,39 @@ def test_densities_count_the_same_traced_or_not():
 def test_bad_input(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+@flat
+def keep_small(stack):
+    """Zeroes something in every delta, as a mask would."""
+    small = (jnp.where(abs(delta) < 1, delta, 0) for delta in stack.deltas)
+    return stack._replace(deltas=tuple(small))
+
+
+FLAT = {
+    "magmax": recipes.magmax(),
+    "metagpt": recipes.metagpt(),
+    "varm": averages.varm(),
+    "consensus": chain(keep_small, shared_by(2)),
+    "expo": chain(recipes.expo(), by_place(lambda count: range(count))),
+    "model stock": averages.model_stock(),
+    "karcher": averages.karcher_mean(),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_recipes_run_in_pieces(name):
+    """What streams a leaf through memory gives what the whole leaf gives."""
+    part = FLAT[name]
+    assert part.flat
+    rng = np.random.default_rng(0)
+    base, *experts = rng.standard_normal((4, 1500)).astype(np.float32)
+    leaf = Leaf("a", base, tuple(experts), (0.7, 0.2, 0.4), jax.random.key(0))
+    compiled = programs(part)
+    whole = merge(part, {"a": base}, [{"a": e} for e in experts], (0.7, 0.2, 0.4))
+    facts = ()
+    for i, entry in enumerate(part.survey):
+        summary = split.run(compiled, i, leaf, facts)
+        facts = (*facts, entry.settle(summary, facts, base.size))
+    found = split.run(compiled, None, leaf, facts)
+    np.testing.assert_allclose(found, whole["a"], atol=1e-6)

@@ -3,6 +3,7 @@
 Shapes: N experts, S the shape of a leaf.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -135,12 +136,11 @@ def cosines(stack: Stack) -> list[jax.Array]:
     >>> [round(float(cosine), 3) for cosine in cosines(stack)]
     [0.707, 0.0, 0.0]
     """
-    deltas, count = stack.deltas, len(stack.deltas)
-    return [
-        spherical.cosine(deltas[i], deltas[j], length=_above_zero)
-        for i in range(count)
-        for j in range(i + 1, count)
-    ]
+    norms = spherical.norms(stack.deltas)
+    units = [d / _above_zero(n) for d, n in zip(stack.deltas, norms, strict=True)]
+    pairs = list(itertools.combinations(units, 2))
+    products = spherical.inner(pairs) if pairs else []
+    return [jnp.clip(product, -1, 1) for product in products]
 
 
 def _above_zero(norm: jax.Array) -> jax.Array:
@@ -198,6 +198,7 @@ def by_agreement(
     [0.5, 0.5]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         count, found = len(stack.deltas), cosine(stack)
         divisor = 1 + (count - 1) * found
@@ -226,19 +227,19 @@ def on_sphere(max_iter=100, tol=1e-6) -> Callable[[Stack], Stack]:
     [1.061, 0.53]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
-        norms = [spherical.norm(delta) for delta in stack.deltas]
-        lengths = [_above_zero(norm) for norm in norms]
-        units = [d / n for d, n in zip(stack.deltas, lengths, strict=True)]
+        norms = jnp.stack(spherical.norms(stack.deltas))
+        lengths = _above_zero(norms)
+        units = [delta / lengths[n] for n, delta in enumerate(stack.deltas)]
         shares = jnp.stack(mean(stack).weights)
-        known = jnp.where(jnp.stack(norms) > 0, shares, 0)
+        known = jnp.where(norms > 0, shares, 0)
         known = jnp.where((known > 0).any(), known, 1)
         around = spherical.karcher_weights(
             spherical.squared_distances(units), known, max_iter, tol
         )
-        size = (shares * jnp.stack(norms)).sum()
-        weights = tuple(size * around[n] / length for n, length in enumerate(lengths))
-        return stack._replace(weights=weights)
+        weights = (shares * norms).sum() * around / lengths
+        return stack._replace(weights=tuple(weights))
 
     return apply
 
