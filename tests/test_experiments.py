@@ -19,7 +19,8 @@ def test_docstring(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_smoke(path, tmp_path, capsys):
+def test_smoke(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))  # as `python experiments/NAME.py` does
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
