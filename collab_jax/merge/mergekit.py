@@ -145,15 +145,15 @@ def _band_counts(knobs: Knobs, size: int) -> Knobs:
 
     Where too few are left, fewer outliers go; at a density of 1 none does.
     """
-    lows, highs = [], []
+    outer, inner = [], []
     for density, gamma in zip(knobs["density"], knobs["gamma"], strict=True):
         if not _known(density, gamma):
             raise ValueError("density and gamma of breadcrumbs cannot be traced")
         kept = size if density >= 1 else int(density * size)
-        low = max(0, size - kept - (int(gamma * size) if density < 1 else 0))
-        lows.append(low)
-        highs.append(low + kept)
-    return {"low": tuple(lows), "high": tuple(highs)}
+        outliers = min(int(gamma * size), size - kept)
+        outer.append(kept + outliers)
+        inner.append(outliers)
+    return {"outer": tuple(outer), "inner": tuple(inner)}
 
 
 def _rank_chances(knobs: Knobs, size: int) -> Knobs:
@@ -186,7 +186,7 @@ def _drop(knobs: Knobs) -> Part:
 
 
 def _crumbs(knobs: Knobs) -> Part:
-    return tasks.keep_band(knobs["low"], knobs["high"])
+    return tasks.keep_band(knobs["outer"], knobs["inner"])
 
 
 def _ranked(knobs: Knobs) -> Part:
@@ -195,7 +195,8 @@ def _ranked(knobs: Knobs) -> Part:
 
 def _select(knobs: Knobs, shape: Shape) -> Knobs:
     share = knobs["select_topk"]
-    return {"select": not (_known(share) and share >= 1), "select_topk": share}
+    select = not (_known(share) and share >= 1)
+    return {"select": select, "select_topk": share, "size": float(_size(shape))}
 
 
 METHODS: dict[str, Method] = {
@@ -224,7 +225,9 @@ METHODS: dict[str, Method] = {
     "breadcrumbs_ties": _arithmetic(True, _crumbs, _band_counts),
     "della": _arithmetic(True, _ranked, _rank_chances),
     "della_linear": _arithmetic(False, _ranked, _rank_chances),
-    "sce": Method(lambda k: tasks.sce(k["select"], k["select_topk"]), _select, "delta"),
+    "sce": Method(
+        lambda k: tasks.sce(k["select"], k["select_topk"], k["size"]), _select, "delta"
+    ),
     "ram": Method(lambda k: tasks.ram(k["epsilon"]), _same, "delta"),
     "ramplus_tl": Method(
         lambda k: tasks.ramplus_tl(k["r"], k["alpha"], k["epsilon"]), _same, "delta"

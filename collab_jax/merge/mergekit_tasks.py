@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from collab_jax.merge import magnitude, rank, sparsify
+from collab_jax.merge import magnitude, pieces, rank, sparsify
 from collab_jax.merge.agree import disjoint_mean, elect_sign
 from collab_jax.merge.mergekit_vectors import reweigh
 from collab_jax.merge.stack import Part, Stack, chain, lift, total
@@ -34,17 +34,19 @@ def same_size(part: Part) -> Callable[[Stack], Stack]:
     """
     inner = lift(part)
 
-    def match(before, after):
-        was, now = abs(before).sum(), abs(after).sum()
-        known = (was >= 1e-7) & (now >= 1e-7)
-        return after * jnp.where(known, was / jnp.where(known, now, 1), 1)
-
     def apply(stack: Stack) -> Stack:
         after = inner.apply(stack, "", ())
-        pairs = zip(stack.deltas, after.deltas, strict=True)
-        return after._replace(deltas=tuple(match(b, a) for b, a in pairs))
+        was, now = pieces.over_leaf(
+            [[abs(d).sum() for d in each.deltas] for each in (stack, after)]
+        )
+        deltas = []
+        for delta, old, new in zip(after.deltas, was, now, strict=True):
+            known = (old >= 1e-7) & (new >= 1e-7)
+            ratio = jnp.where(known, old / jnp.where(known, new, 1), 1)
+            deltas.append(delta * ratio.astype(delta.dtype))
+        return after._replace(deltas=tuple(deltas))
 
-    return apply
+    return pieces.flat(apply) if inner.flat else apply
 
 
 def arithmetic(
@@ -76,30 +78,34 @@ def arithmetic(
     return chain(*parts, scale(lam))
 
 
+@pieces.flat
 def _mean(stack: Stack) -> Stack:
     whole = total(stack.weights)
     whole = jnp.where(abs(whole) < 1e-8, 1, whole)
     return reweigh(stack, [weight / whole for weight in stack.weights])
 
 
-def keep_band(lows: Sequence, highs: Sequence) -> Callable[[Stack], Stack]:
-    """Keeps the entries whose magnitudes have ranks `low <= r < high`; 0 is the least.
+def keep_band(outer: Sequence, inner: Sequence) -> Callable[[Stack], Stack]:
+    """Keeps the entries among the `outer` largest, not among the `inner` largest.
 
     Args:
-      lows: N numbers or tracers, 0 to M.
-      highs: likewise.
+      outer: N numbers or tracers, `inner` to M.
+      inner: N numbers or tracers, from 0.
 
     Source: Model Breadcrumbs, arXiv 2312.06795.
 
     >>> stack = Stack(jnp.zeros(3), (jnp.array([1.0, 9.0, 2.0]),), (1,), None)
-    >>> keep_band([1], [2])(stack).deltas[0].tolist()
+    >>> keep_band([2], [1])(stack).deltas[0].tolist()
     [0.0, 0.0, 2.0]
     """
 
+    @pieces.flat
     def apply(stack: Stack) -> Stack:
+        count, ends = len(stack.deltas), [*outer, *inner]
+        masks = magnitude.largest(stack.deltas * 2, ends, "first")
         deltas = tuple(
-            jnp.where(rank.band(delta, low, high), delta, 0)
-            for delta, low, high in zip(stack.deltas, lows, highs, strict=True)
+            jnp.where(masks[n] & ~masks[count + n], delta, 0)
+            for n, delta in enumerate(stack.deltas)
         )
         return stack._replace(deltas=deltas)
 
@@ -150,7 +156,7 @@ def drop_by_chance(chances: Sequence) -> Callable[[Stack], Stack]:
     return sparsify.drop(chances, _masked)
 
 
-def sce(select: bool = False, select_topk=1.0) -> Part:
+def sce(select: bool = False, select_topk=1.0, size=None) -> Part:
     """Select, calculate, erase: weights from the energy of the task vectors.
 
     Of all entries with a variance over the experts, the share `select_topk` that varies
@@ -161,6 +167,7 @@ def sce(select: bool = False, select_topk=1.0) -> Part:
     Args:
       select: whether to select at all.
       select_topk: a number or tracer.
+      size: M, where the stack may hold a piece of the leaf.
 
     Source: arXiv 2408.07990; mergekit's `sce`.
 
@@ -170,12 +177,15 @@ def sce(select: bool = False, select_topk=1.0) -> Part:
     [1.7143, 1.0]
     """
 
+    @pieces.flat
     def apply(stack: Stack) -> Stack:
         if select:
             kept = _most_varied(stack.deltas, select_topk)
             deltas = tuple(jnp.where(kept, delta, 0) for delta in stack.deltas)
             stack = stack._replace(deltas=deltas)
-        energy = [(delta * delta).mean() for delta in stack.deltas]
+        squares = pieces.over_leaf([(delta * delta).sum() for delta in stack.deltas])
+        entries = stack.base.size if size is None else size
+        energy = [jnp.asarray(x, stack.base.dtype) / entries for x in squares]
         whole, count = total(energy), len(energy)
         small = whole < 1e-6
         shares = [
@@ -199,9 +209,9 @@ def _most_varied(deltas: Sequence[jax.Array], share) -> jax.Array:
         gap = delta - mean
         mean = mean + gap / n
         squares = squares + gap * (delta - mean)
-    varies = (squares / len(deltas) != 0).sum(dtype=jnp.int32)
+    varies = pieces.over_leaf((squares / len(deltas) != 0).sum(dtype=jnp.int32))
     # float32, as mergekit multiplies a tensor that counts by a number
-    count = jnp.floor(varies.astype(jnp.float32) * jnp.asarray(share, jnp.float32))
+    count = jnp.floor(jnp.float32(varies) * jnp.asarray(share, jnp.float32))
     return magnitude.among_largest(squares, count.astype(jnp.int32), "first")
 
 
@@ -220,7 +230,20 @@ def ram(epsilon=1e-5) -> Part:
     >>> merge(ram(), {"a": jnp.zeros(2)}, experts)["a"].tolist()
     [1.0, 2.0]
     """
-    return ramplus_tl(0.0, 0.0, epsilon)
+
+    @pieces.flat
+    def apply(stack: Stack) -> Stack:
+        changed, count = _changed(stack, epsilon)
+        each = 1 / jnp.maximum(count, 1).astype(stack.base.dtype)
+        return reweigh(stack, [jnp.where(mask, each, 0) for mask in changed])
+
+    return apply
+
+
+def _changed(stack: Stack, epsilon) -> tuple[list[jax.Array], jax.Array]:
+    """Which entries each expert has changed, and how many experts each entry."""
+    changed = [abs(delta) > epsilon for delta in stack.deltas]
+    return changed, total(mask.astype(jnp.int32) for mask in changed)
 
 
 def ramplus_tl(r=0.1, alpha=0.2, epsilon=1e-5) -> Part:
@@ -243,14 +266,18 @@ def ramplus_tl(r=0.1, alpha=0.2, epsilon=1e-5) -> Part:
     [1.5, 2.0]
     """
 
+    @pieces.flat
     def apply(stack: Stack) -> Stack:
-        changed = [abs(delta) > epsilon for delta in stack.deltas]
-        count = total(mask.astype(jnp.int32) for mask in changed)
+        changed, count = _changed(stack, epsilon)
         each = 1 / jnp.maximum(count, 1).astype(stack.base.dtype)
+        counts = pieces.over_leaf(
+            [
+                [(mask & kind).sum(dtype=jnp.int32) for kind in (count > 1, count == 1)]
+                for mask in changed
+            ]
+        )
         weights = []
-        for mask in changed:
-            shared = (mask & (count > 1)).sum(dtype=jnp.int32)
-            alone = (mask & (count == 1)).sum(dtype=jnp.int32)
+        for mask, (shared, alone) in zip(changed, counts, strict=True):
             # a ratio of counts is float32 there, for float64 too
             ratio = jnp.float32(shared) / jnp.maximum(alone, jnp.float32(epsilon))
             gain = 1 + jnp.float32(r) * jnp.clip(ratio, 0, jnp.float32(alpha))

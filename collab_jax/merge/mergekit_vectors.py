@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from collab_jax.merge import spherical
-from collab_jax.merge.spherical import norm
+from collab_jax.merge.pieces import flat
 from collab_jax.merge.stack import Part, Stack, chain, total
 from collab_jax.merge.weigh import mean
 
@@ -65,6 +65,7 @@ def slerp(t) -> Part:
     [0.7071, 0.7071]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         a, b = stack.deltas
         cosine = spherical.cosine(a, b)
@@ -101,7 +102,7 @@ def nuslerp(row_wise=False, flatten=True) -> Part:
         cosine = spherical.cosine(a, b, axis, lambda n: jnp.maximum(n, 1e-7))
         return reweigh(stack, spherical.arc(cosine, t, 1 - cosine**2 <= 1e-16))
 
-    return apply
+    return flat(apply) if flatten else apply
 
 
 def multislerp(normalize_weights=True, eps=1e-8) -> Part:
@@ -125,15 +126,16 @@ def multislerp(normalize_weights=True, eps=1e-8) -> Part:
     [1.4142, 1.4142]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         if len(stack.deltas) == 1:
             return reweigh(stack, [jnp.ones_like(stack.weights[0])])
         if normalize_weights:
             stack = mean(stack)
-        norms = [norm(delta) for delta in stack.deltas]
+        norms = spherical.norms(stack.deltas)
         shares = [w / (n + eps) for w, n in zip(stack.weights, norms, strict=True)]
         pairs = zip(shares, stack.deltas, strict=True)
-        length = norm(total(share * delta for share, delta in pairs))
+        (length,) = spherical.norms([total(share * delta for share, delta in pairs)])
         size = total(w * n for w, n in zip(stack.weights, norms, strict=True))
         balanced = length < eps
         by = size * jnp.cos(eps) / jnp.where(balanced, 1, length)
@@ -162,6 +164,7 @@ def karcher(max_iter=10, tol=1e-5) -> Part:
     [1.4142, 1.4142]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         if len(stack.deltas) == 1:
             return reweigh(stack, [jnp.ones_like(stack.weights[0])])
@@ -187,6 +190,7 @@ def nearswap(t) -> Part:
     [0.10000000149011612, 0.5]
     """
 
+    @flat
     def apply(stack: Stack) -> Stack:
         a, b = stack.deltas
         share = jnp.clip(t / jnp.maximum(abs(a - b), 1e-6), 0, 1)
@@ -207,7 +211,9 @@ def passthrough(scale=None) -> Part:
     >>> merge(passthrough(2), None, [{"a": jnp.ones(1)}])
     {'a': Array([2.], dtype=float32)}
     """
-    return lambda stack: reweigh(stack, [jnp.ones(()) if scale is None else scale])
+    return flat(
+        lambda stack: reweigh(stack, [jnp.ones(()) if scale is None else scale])
+    )
 
 
 def model_stock(filter_wise=False) -> Part:
@@ -229,17 +235,19 @@ def model_stock(filter_wise=False) -> Part:
 
     def apply(stack: Stack) -> Stack:
         axis = -1 if filter_wise and stack.base.ndim > 1 else None
-        count, norms = len(stack.deltas), [norm(d, axis) for d in stack.deltas]
-        cosines = []
-        for i in range(count):
-            for j in range(i + 1, count):
-                product = spherical.inner(stack.deltas[i], stack.deltas[j], axis)
-                least = jnp.maximum(norms[i] * norms[j], 1e-6)
-                cosines.append(jnp.clip(product / least, -1, 1))
+        deltas, count = stack.deltas, len(stack.deltas)
+        pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+        both = [(d, d) for d in deltas] + [(deltas[i], deltas[j]) for i, j in pairs]
+        products = spherical.inner(both, axis)
+        norms = [spherical.root(square) for square in products[:count]]
+        cosines = [
+            jnp.clip(product / jnp.maximum(norms[i] * norms[j], 1e-6), -1, 1)
+            for (i, j), product in zip(pairs, products[count:], strict=True)
+        ]
         c = total(cosines) / len(cosines)
         denominator = 1 + (count - 1) * c
         singular = abs(denominator) < 1e-6
         t = jnp.where(singular, 0, count * c / jnp.where(singular, 1, denominator))
         return reweigh(stack, [t / count] * count)
 
-    return apply
+    return apply if filter_wise else flat(apply)

@@ -12,44 +12,64 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from collab_jax.merge.pieces import over_leaf
 from collab_jax.merge.stack import total
 
 Axis = int | None  # None: over the whole leaf
 Length = Callable[[jax.Array], jax.Array]
 
 
-def norm(x: jax.Array, axis: Axis = None) -> jax.Array:
-    """The Euclidean norm over an axis that stays with length 1, or of a whole leaf.
+def inner(
+    pairs: Sequence[tuple[jax.Array, jax.Array]], axis: Axis = None
+) -> list[jax.Array]:
+    """The inner product of each pair of leaves, each `[*A]`, in one pass over them.
 
-    The gradient at zero is zero.
+    Flat for the axis None: the arrays may be pieces, see `collab_jax.merge.pieces`.
 
     Args:
-      x: `[*S]`.
-      axis: which one, or None for all: the result is then `[]`.
+      pairs: of `[*S]`.
+      axis: one that stays with length 1, or None for the whole leaf, then A is ().
 
-    >>> float(norm(jnp.array([[3.0], [4.0]])))
+    >>> x, y = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    >>> [float(product) for product in inner([(x, y), (x, x)])]
+    [11.0, 5.0]
+    """
+    products = [a * b for a, b in pairs]
+    if axis is not None and products[0].ndim:
+        return [product.sum(axis, keepdims=True) for product in products]
+    sums = over_leaf([product.sum() for product in products])
+    return [jnp.asarray(x, p.dtype) for x, p in zip(sums, products, strict=True)]
+
+
+def norms(xs: Sequence[jax.Array], axis: Axis = None) -> list[jax.Array]:
+    """The Euclidean norm of each leaf, each `[*A]`; its gradient at zero is zero.
+
+    Args:
+      xs: of `[*S]`.
+      axis: see `inner`.
+
+    >>> [float(x) for x in norms([jnp.array([[3.0], [4.0]]), jnp.ones((1, 1))])]
+    [5.0, 1.0]
+    """
+    return [root(square) for square in inner([(x, x) for x in xs], axis)]
+
+
+def norm(x: jax.Array, axis: Axis = None) -> jax.Array:
+    """The norm of one leaf, see `norms`.
+
+    >>> float(norm(jnp.array([3.0, 4.0])))
     5.0
     """
-    square = inner(x, x, axis)
-    safe = jnp.where(square > 0, square, 1)
-    return jnp.where(square > 0, jnp.sqrt(safe), 0)
+    return norms([x], axis)[0]
 
 
-def inner(a: jax.Array, b: jax.Array, axis: Axis = None) -> jax.Array:
-    """The inner product over an axis that stays with length 1, or of whole leaves.
+def root(square: jax.Array) -> jax.Array:
+    """The square root, with gradient zero at zero; what is below is zero.
 
-    Args:
-      a: `[*S]`.
-      b: `[*S]`.
-      axis: see `norm`.
-
-    >>> float(inner(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])))
-    11.0
+    >>> root(jnp.array([4.0, 0.0, -1e-9])).tolist()
+    [2.0, 0.0, 0.0]
     """
-    product = a * b
-    if axis is None or product.ndim == 0:
-        return product.sum()
-    return product.sum(axis, keepdims=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def cosine(
@@ -60,14 +80,15 @@ def cosine(
     Args:
       a: `[*S]`.
       b: `[*S]`.
-      axis: see `norm`.
+      axis: see `inner`.
       length: norm -> what to divide by; None leaves what is not above 1e-8 as it is.
 
     >>> float(cosine(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])))
     0.0
     """
     by = (lambda n: jnp.where(n > 1e-8, n, 1)) if length is None else length
-    return jnp.clip(inner(a / by(norm(a, axis)), b / by(norm(b, axis)), axis), -1, 1)
+    of_a, of_b = norms([a, b], axis)
+    return jnp.clip(inner([(a / by(of_a), b / by(of_b))], axis)[0], -1, 1)
 
 
 def arc(cosine: jax.Array, t, straight) -> tuple[jax.Array, jax.Array]:
@@ -105,13 +126,13 @@ def squared_distances(units: Sequence[jax.Array]) -> jax.Array:
     [[0.0, 2.0], [2.0, 0.0]]
     """
     count = len(units)
-    zero = jnp.zeros((), units[0].dtype)
-    found = [[zero] * count for _ in range(count)]
-    for i in range(count):
-        for j in range(i):
-            gap = units[i] - units[j]
-            found[i][j] = found[j][i] = (gap * gap).sum()
-    return jnp.stack([jnp.stack(row) for row in found])
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    gaps = [units[i] - units[j] for i, j in pairs]
+    squares = inner([(gap, gap) for gap in gaps]) if pairs else []
+    found = jnp.zeros((count, count), units[0].dtype)
+    for (i, j), square in zip(pairs, squares, strict=True):
+        found = found.at[i, j].set(square).at[j, i].set(square)
+    return found
 
 
 def karcher_weights(
@@ -183,13 +204,13 @@ def karcher(deltas: Sequence[jax.Array], max_iter=10, tol=1e-5) -> list[jax.Arra
     >>> [round(float(w), 4) for w in karcher(x)]
     [0.7071, 0.7071]
     """
-    norms = [norm(delta) for delta in deltas]
-    lengths = [jnp.where(n > 0, n, 1) for n in norms]
+    sizes = norms(deltas)
+    lengths = [jnp.where(n > 0, n, 1) for n in sizes]
     units = [delta / n for delta, n in zip(deltas, lengths, strict=True)]
-    shares = jnp.stack([jnp.where(n > tol, 1.0, 0.0).astype(n.dtype) for n in norms])
+    shares = jnp.stack([jnp.where(n > tol, 1.0, 0.0).astype(n.dtype) for n in sizes])
     some = shares.sum() > 0
     around = karcher_weights(
         squared_distances(units), jnp.where(some, shares, 1), max_iter, tol
     )
-    size = jnp.where(some, total(norms) / len(norms), 0)
+    size = jnp.where(some, total(sizes) / len(sizes), 0)
     return [size * around[i] / n for i, n in enumerate(lengths)]
