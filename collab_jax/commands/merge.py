@@ -27,7 +27,7 @@ class _Size(click.ParamType):
 
 
 @click.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path(), required=False)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, stop.")
 @click.option(

@@ -64,6 +64,8 @@ def prepare(config: str | Path) -> Recipe:
     ValueError: merge_method: unknown method 'lin'; did you mean linear?...
     """
     path = Path(config) if "\n" not in str(config) else None
+    if path and not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: a YAML file was expected")
     text = path.read_text("utf-8") if path else str(config)
     sources: dict[str, Source] = {}
 
