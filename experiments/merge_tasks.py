@@ -3,7 +3,9 @@
 Claim: three experts of SmolLM2-135M, fine-tuned here on different tasks, are merged by
 every weights-only method of the library; the table says what each keeps of the experts'
 gain on held-out rows, and whether it beats plain averaging. The joint model, trained on
-all tasks, sees the same rows as the experts together.
+all tasks, sees the same rows as the experts together. DiWA, Disperse-then-Merge and
+Prometheus 2 are the uniform soup here; averages of one run's checkpoints (EMA, LAWA,
+WSM, adjacent) have no place in it.
 Command: python experiments/merge_tasks.py [--data DIR] [--smoke] [--output FILE]
 Data: DIR or $COLLAB_JAX_DATA holds gsm8k/{train,test}.jsonl of
 https://github.com/openai/grade-school-math (grade_school_math/data) and
@@ -28,32 +30,19 @@ from statistics import fmean as average
 from typing import Any, NamedTuple
 
 import jax
-from merging.data import Encode, Task, folder_of, tasks, union
-from merging.experts import Expert, Recipe, Tensors, digest, train, write_json
+from merging.data import Task, folder_of, tasks, union
+from merging.experts import Expert, Tensors, digest, train, write_json
 from merging.methods import methods
 from merging.report import plot, shares, show, summary
+from merging.setup import Setup, real, toy
 
 from collab_jax import finetune
 from collab_jax.commands.progress import progress
 from collab_jax.io import canonical
-from collab_jax.io.hub import cache
 from collab_jax.packing import Batch
 
-NAME = "smollm2-135m-instruct"
-
-
-class Setup(NamedTuple):
-    """A base, and how it is trained and tested."""
-
-    name: str
-    config: Any
-    backbone: Any
-    base: Tensors
-    encode: Encode
-    length: int  # tokens of a row
-    sizes: tuple[int, int, int]  # rows: to train on at most, to choose with, to test
-    recipe: Recipe
-    folder: Path  # experts and losses are kept here
+SMOKE = ["uniform soup", "task arithmetic", "LiNeS", "DARE", "TSV-M"]  # one of a kind
+SMOKE += ["greedy soup", "EMR (a model per task)"]
 
 
 class Meter(NamedTuple):
@@ -68,53 +57,6 @@ class Meter(NamedTuple):
 
 class Unknown(Exception):
     """Something is not kept, and nothing new shall be trained or measured."""
-
-
-def real(chosen: argparse.Namespace) -> Setup:
-    """SmolLM2-135M."""
-    from collab_jax.io.load import load
-
-    model = load(NAME, dtype="float32")
-    return Setup(
-        NAME,
-        model.config,
-        model.backbone,
-        canonical.to_checkpoint(model.config, model.params),
-        lambda text: model.tokenizer(text, add_special_tokens=False).input_ids,
-        112,
-        (400, chosen.validation, chosen.test),
-        Recipe(chosen.steps, 2, 1e-4, NAME),
-        cache() / "experiments" / "merge_tasks",
-    )
-
-
-def toy(folder: Path) -> Setup:
-    """A random model over bytes."""
-    from collab_jax.models.config import from_hf
-    from collab_jax.models.transformer import init, transformer
-
-    config = from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": 256,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-    )
-    params = init(jax.random.key(0), config)
-    return Setup(
-        "toy",
-        config,
-        transformer(config),
-        canonical.to_checkpoint(config, params),
-        lambda text: list(text.encode()),
-        128,
-        (8, 2, 2),
-        Recipe(2, 2, 1e-2, "toy"),
-        folder,
-    )
 
 
 def losses_of(meter: Meter, split: Sequence[Batch], made: Any) -> list[float]:
@@ -156,32 +98,48 @@ def measure(
     return meter.known[key]
 
 
-def experts_of(
-    setup: Setup, data: Sequence[Task], seed: int, frozen: bool
-) -> Iterator[Expert]:
-    """The experts of the tasks, and at last the joint model; trained when asked for.
+def trained(
+    setup: Setup, data: Sequence[Task], seed: int, chosen: argparse.Namespace
+) -> tuple[list[Expert], Expert | None]:
+    """The experts of the tasks and the joint model, trained or found.
 
     Args:
       setup: the base, and how.
       data: the tasks.
       seed: of the order of the rows.
-      frozen: nothing is trained.
+      chosen: the arguments.
+
+    Returns:
+      The experts, and the joint model unless it is left out or not there.
 
     Raises:
-      Unknown: where one is not there, and nothing is trained.
+      Unknown: where an expert is not there, and nothing is trained.
     """
+
+    def one(name: str, rows: Batch, times: int) -> Expert | None:
+        recipe = setup.recipe._replace(steps=times * setup.recipe.steps)
+        print(f"{name}, seed {seed}", file=sys.stderr)
+        return train(
+            setup.folder,
+            name,
+            setup.backbone,
+            setup.config,
+            setup.base,
+            rows,
+            recipe,
+            seed,
+            chosen.kept,
+        )
+
+    own = [one(task.name, task.train, 1) for task in data]
+    found = [expert for expert in own if expert is not None]
+    if len(found) < len(own):
+        raise Unknown
+    if chosen.no_joint:
+        return found, None
     size = setup.recipe.steps * setup.recipe.batch
-    jobs = [(task.name, task.train, setup.recipe) for task in data]
     both = union([task.train for task in data], size, seed)
-    longer = setup.recipe._replace(steps=setup.recipe.steps * len(data))
-    for name, rows, recipe in [*jobs, ("joint", both, longer)]:
-        found = train(
-            setup.folder, name, setup.backbone, setup.config, setup.base, rows,
-            recipe, seed, frozen,
-        )  # fmt: skip
-        if found is None:
-            raise Unknown
-        yield found
+    return found, one("joint", both, len(data))
 
 
 def study(
@@ -189,16 +147,20 @@ def study(
     data: Sequence[Task],
     meter: Meter,
     seed: int,
+    own: Sequence[Expert],
+    joint: Expert | None,
     chosen: argparse.Namespace,
     choices: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
-    """Trains the experts of one seed and tests every model that is made of them.
+    """Tests every model that is made of the experts of one seed.
 
     Args:
       setup: the base.
       data: the tasks.
       meter: measures.
       seed: of the order of the rows.
+      own: each task's expert.
+      joint: the model of all tasks, or None.
       chosen: the arguments.
       choices: index of the setting of each method; those that lack are chosen here.
 
@@ -208,8 +170,6 @@ def study(
     names = [task.name for task in data]
     validation = [task.validation for task in data]
     test = [task.test for task in data]
-    training = experts_of(setup, data, seed, meter.frozen)
-    own = [next(training) for _ in data]
     marks = [expert.path.stem for expert in own]
     loaded: list[Tensors] = []
 
@@ -244,9 +204,14 @@ def study(
             "share": average(found),
         }
 
-    yield row("base", lambda: setup.base, setup.name)
+    with contextlib.suppress(Unknown):
+        yield row("base", lambda: setup.base, setup.name)
     for n, (name, mark) in enumerate(zip(names, marks, strict=True)):
-        yield row(f"expert: {name}", lambda n=n: models()[n], mark)
+        with contextlib.suppress(Unknown):
+            yield row(f"expert: {name}", lambda n=n: models()[n], mark)
+    if joint is not None:
+        with contextlib.suppress(Unknown):
+            yield row("joint", joint.read, joint.path.stem)
     for method in methods(list(setup.base), rated):
         if chosen.methods and method.name not in chosen.methods:
             continue
@@ -259,21 +224,12 @@ def study(
             """The setting that is best on the validation rows."""
             if len(method.settings) == 1 or chosen.smoke:
                 return 0
-            values = [
-                average(
-                    kept(
-                        validation,
-                        measure(
-                            meter,
-                            validation,
-                            (method.name, said, 0, *marks),
-                            make(i, 0),
-                        ),
-                    )
-                )
-                for i, (said, _) in enumerate(method.settings)
-            ]
-            return max(range(len(values)), key=values.__getitem__)
+            values = []
+            for place, (said, _) in enumerate(method.settings):
+                label = (method.name, said, 0, *marks)
+                losses = measure(meter, validation, label, make(place, 0))
+                values.append(average(kept(validation, losses)))
+            return values.index(max(values))
 
         with contextlib.suppress(Unknown):
             if method.name not in choices:
@@ -284,11 +240,6 @@ def study(
                 label = (said, draw, *marks)
                 merged = make(place, draw)
                 yield row(method.name, merged, *label, setting=said, draw=draw)
-    loaded.clear()
-    if not chosen.no_joint:
-        with contextlib.suppress(Unknown):
-            joint = next(training)
-            yield row("joint", joint.read, joint.path.stem)
 
 
 def run(setup: Setup, chosen: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -318,25 +269,32 @@ def run(setup: Setup, chosen: argparse.Namespace, output: Path) -> dict[str, Any
         "jax": jax.__version__,
         "recipe": setup.recipe._asdict() | {"tokens": setup.length},
         "rows": {"validation": setup.sizes[1], "test": setup.sizes[2]},
+        "experts": [],
         "answer_tokens": {t.name: int(t.test.weights.sum()) for t in data},
     }
-    count = len(methods(list(setup.base), lambda _: 0.0))
+    every = [method.name for method in methods(list(setup.base), lambda _: 0.0)]
+    if wrong := set(chosen.methods or ()) - set(every):
+        raise ValueError(f"no method is called {sorted(wrong)}; there are {every}")
     rows: list[dict[str, Any]] = []
     choices: dict[str, int] = {}
-    with progress("models", chosen.seeds * (count + 5)) as advance:
-        for seed in range(chosen.seeds):
-            with contextlib.suppress(Unknown):
-                for row in study(setup, data, meter, seed, chosen, choices):
+    for seed in range(chosen.seeds):
+        with contextlib.suppress(Unknown):
+            own, joint = trained(setup, data, seed, chosen)
+            names = [*report["tasks"], "joint"]
+            for name, expert in zip(names, [*own, joint], strict=True):
+                if expert is not None:
+                    said = {"task": name, "seed": seed, "seconds": expert.seconds}
+                    said |= {"first": expert.history[0], "last": expert.history[-1]}
+                    report["experts"].append(said)
+            with progress("models", len(chosen.methods or every) + 5) as advance:
+                for row in study(setup, data, meter, seed, own, joint, chosen, choices):
                     rows.append(row)
+                    found = summary(rows, report["tasks"])
+                    write_json(output, report | {"methods": found, "models": rows})
                     advance()
-                    report |= {
-                        "methods": summary(rows, report["tasks"]),
-                        "models": rows,
-                    }
-                    write_json(output, report)
     if not rows:
         raise FileNotFoundError(f"{setup.folder} holds no experts: run without --kept")
-    return report
+    return json.loads(output.read_text("utf-8"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -359,11 +317,19 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.smoke:
         chosen.seeds = chosen.draws = 1
+        chosen.methods = chosen.methods or SMOKE
     output = chosen.output or (Path("merge_smoke.json") if chosen.smoke else default)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        setup = toy(Path(temporary)) if chosen.smoke else real(chosen)
-        report = run(setup, chosen, output)
+        try:
+            if chosen.smoke:
+                setup = toy(Path(temporary))
+            else:
+                setup = real(chosen.steps, chosen.validation, chosen.test)
+            report = run(setup, chosen, output)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     show(report)
     if not plot(report, output.with_suffix(".png")):
         print("no picture: matplotlib is not installed (the extra `plot`)")

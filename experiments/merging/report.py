@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 PLAIN = "uniform soup"
+REFERENCES = ("base", "joint")
 
 
 def shares(losses: Sequence[float], base: Sequence[float], own: Sequence[float]):
@@ -18,7 +19,15 @@ def shares(losses: Sequence[float], base: Sequence[float], own: Sequence[float])
       losses: of a model on each task.
       base: of the base.
       own: of each task's own expert.
+
+    Raises:
+      ValueError: for an expert without a gain.
     """
+    if any(o >= b for b, o in zip(base, own, strict=True)):
+        raise ValueError(
+            f"the losses of the experts are {own}, those of the base {base}: a gain on "
+            "every task is expected; train longer, or test with more rows"
+        )
     rows = zip(losses, base, own, strict=True)
     return [(b - loss) / (b - o) for loss, b, o in rows]
 
@@ -84,8 +93,18 @@ def show(report: dict[str, Any]) -> None:
             str(each["models"]),
             "" if above is None else f"{each['seeds_above_soup']}/{each['seeds']}",
         )
+    merged = [m for m in report["methods"] if m["method"] not in (*REFERENCES, PLAIN)]
+    merged = [m for m in merged if m["above_soup"] is not None]
+    merged = [m for m in merged if not m["method"].startswith("expert")]
     # a table that is read in a file is as wide as it has to be
     Console(width=None if Console().is_terminal else 150).print(table)
+    for said, wanted in (("above", True), ("not above", False)):
+        names = [
+            m["method"]
+            for m in merged
+            if (m["seeds_above_soup"] == m["seeds"]) == wanted
+        ]
+        print(f"{said} the {PLAIN} with every seed: {', '.join(names) or 'none'}")
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
@@ -104,7 +123,7 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(8, 0.28 * len(found) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    reference = {"base", "joint", PLAIN}
+    reference = {*REFERENCES, PLAIN}
     for place, each in enumerate(found):
         name = each["method"]
         known = name in reference or name.startswith("expert")
