@@ -176,20 +176,22 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
     def make(taus: Deltas) -> jax.Array:
         (m, n), count = taus[0].shape, len(taus)
         whole = total(taus)
-        norms = [jnp.sqrt((tau**2).sum()) for tau in taus]
-        units = [
-            tau / jnp.where(norm > 0, norm, 1)
-            for tau, norm in zip(taus, norms, strict=True)
-        ]
-        gaps = [product(t - whole, u.T) for t, u in zip(taus, units, strict=True)]
-        if n <= m * count:
-            gram = total(product(u.T, u) for u in units)
-            right = total(product(gap, u) for gap, u in zip(gaps, units, strict=True))
-            return whole + _divided(right, gram, ridge)
-        # fewer rows than columns in all: the same by A (A^T A)^+ = (A A^T)^+ A
-        rows = jnp.concatenate(units)
-        solved = _divided(jnp.concatenate(gaps, 1), product(rows, rows.T), ridge)
-        return whole + product(solved, rows)
+        sizes = [(tau**2).sum() for tau in taus]
+        sizes = [jnp.where(size > 0, size, 1) for size in sizes]
+        pairs = list(zip(taus, sizes, strict=True))
+        if n <= m:
+            grams = [product(tau.T, tau) / size for tau, size in pairs]
+            both = zip(taus, grams, strict=True)
+            right = total(product(tau - whole, gram) for tau, gram in both)
+            return whole + _divided(right, total(grams), ridge)
+        rows = jnp.concatenate([tau / jnp.sqrt(size) for tau, size in pairs])
+        if m * count < n:  # the same by A (A^T A)^+ = (A A^T)^+ A
+            own = [product(tau, tau.T) / jnp.sqrt(size) for tau, size in pairs]
+            right = jnp.concatenate(own, 1) - product(whole, rows.T)
+            return whole + product(_divided(right, product(rows, rows.T), ridge), rows)
+        gram = product(rows.T, rows)
+        own = [product(product(tau, tau.T) / size, tau) for tau, size in pairs]
+        return whole + _divided(total(own) - product(whole, gram), gram, ridge)
 
     return on_matrices(make)
 
