@@ -13,7 +13,15 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from collab_jax import __version__
-from collab_jax.commands import demo, evaluate, generate, merge, models, score
+from collab_jax.commands import (
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    models,
+    score,
+)
 
 
 class _Commands(click.Group):
@@ -74,6 +82,7 @@ for command in (
     score.score,
     evaluate.evaluate,
     merge.merge,
+    inspect.inspect,
     demo.demo,
 ):
     cli.add_command(command)

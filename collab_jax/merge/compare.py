@@ -143,40 +143,42 @@ def rank_work(shape: Sequence[int]) -> int:
 
 
 def choose(
-    kinds: Mapping[str, Sequence[Matched]], budget: float | None = None
+    parts: Mapping[str, Sequence[Matched]], budget: float | None = None
 ) -> list[str]:
-    """Matrices whose effective ranks are told: of every kind, spread over the layers.
+    """Matrices whose effective ranks are told: those of layers that are spread evenly.
 
-    Ranks cost more than all else. So of each kind (all `up_proj`, say) the middle layer
-    is taken first, then those that halve the gaps, until their work is as much as the
-    entries allow.
+    Ranks cost more than all else. So the middle layer is taken first, then those that
+    halve the gaps, until their work is as much as the entries allow. Of a layer that is
+    too large as a whole, the small matrices are taken.
 
     Args:
-      kinds: matrices by kind, in the order of the layers.
-      budget: operations; None: 500 for each entry of all matrices.
+      parts: matrices by part of the model, layers in their order; parts of a single
+        matrix (embeddings, heads) are the last to be taken.
+      budget: operations for each expert; None: 500 for each entry of all matrices.
 
     Returns:
       Names. None has more than `WIDEST` columns and more than `WIDEST` rows.
 
-    >>> up = [Matched(str(i), (), (10, 10), False) for i in range(4)]
-    >>> choose({"up": up}, 3 * rank_work((10, 10)))
+    >>> up = {str(i): [Matched(str(i), (), (10, 10), False)] for i in range(4)}
+    >>> choose(up, 3 * rank_work((10, 10)))
     ['2', '1', '3']
     """
-    entries = sum(math.prod(m.shape) for group in kinds.values() for m in group)
+    entries = sum(math.prod(m.shape) for group in parts.values() for m in group)
     left = _PER_ENTRY * entries if budget is None else budget
-    # the cheapest kinds first, so that one matrix cannot use up what all could share
-    queues = [
-        [group[i] for i in _spread(len(group))]
-        for group in kinds.values()
-        if min(group[0].shape) <= WIDEST
-    ]
-    queues.sort(key=lambda queue: rank_work(queue[0].shape))
-    chosen = []
-    for turn in range(max(map(len, queues), default=0)):
-        for queue in queues:
-            if turn < len(queue) and rank_work(queue[turn].shape) <= left:
-                left -= rank_work(queue[turn].shape)
-                chosen.append(queue[turn].name)
+    layers = [group for group in parts.values() if len(group) > 1]
+    single = [group for group in parts.values() if len(group) == 1]
+    chosen: list[str] = []
+    for groups in (layers, single):
+        for i in _spread(len(groups)):
+            able = [m for m in groups[i] if min(m.shape) <= WIDEST]
+            fit, rest = [], left
+            for tensor in sorted(able, key=lambda m: rank_work(m.shape)):
+                if rank_work(tensor.shape) <= rest:
+                    rest -= rank_work(tensor.shape)
+                    fit.append(tensor.name)
+            if len(fit) < len(able) and chosen:
+                break  # half a layer would not compare with the whole ones
+            chosen, left = chosen + fit, rest
     return chosen
 
 

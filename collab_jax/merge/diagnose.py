@@ -15,7 +15,7 @@ import numpy as np
 
 TOP = 0.2  # share of the entries whose overlap is counted
 LARGE = 0.005  # |delta| up to which DARE is known to work, arXiv 2311.03099
-BLOCK = 8192  # entries; a few such arrays stay in the processor's cache
+BLOCK = 8192  # entries; a few such arrays stay in the cache of a core
 _SAMPLE = 1 << 17  # entries that decide where the largest begin
 
 
