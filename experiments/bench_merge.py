@@ -350,6 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if method in (chosen.methods or METHODS):
                     for number in range(repeats):
                         repeat(bench, name, method, number)
+    if not any(run["session"] == len(found["sessions"]) - 1 for run in found["runs"]):
+        found["sessions"].pop()
     found["bars"] = bars(found, found["largest"])
     bench.save()
     report.show(found)
