@@ -10,12 +10,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from filelock import FileLock, Timeout
 
 from collab_jax import __version__
 from collab_jax.io import writer
@@ -26,9 +28,10 @@ from collab_jax.merge.config import read
 from collab_jax.merge.edits import edited
 from collab_jax.merge.plan import plan
 from collab_jax.merge.reference import Reference, show
-from collab_jax.merge.sources import Source, open_folder, open_source
+from collab_jax.merge.sources import Source, open_folder, open_source, open_tokenizer
 from collab_jax.merge.stage import Stage
 from collab_jax.merge.stream import limit, passes, stream
+from collab_jax.merge.tokens import references
 
 SHARD = 5_000_000_000  # bytes
 RUNTIME = 1 << 30  # bytes of the interpreter, the compiler and its programs, at most
@@ -75,7 +78,16 @@ def prepare(config: str | Path) -> Recipe:
             sources[key] = open_source(reference)
         return sources[key].facts
 
-    return Recipe(text, plan(read(text), facts), sources)
+    stages = plan(read(f"{text}\n"), facts)
+    for each in stages:
+        for reference in references(each.tokenizer):
+            key = show(reference)
+            if key not in sources and key not in each.earlier:
+                try:
+                    sources[key] = open_tokenizer(reference)
+                except (OSError, ValueError) as error:
+                    raise type(error)(f"tokenizer: {error}") from None
+    return Recipe(text, stages, sources)
 
 
 def summary(recipe: Recipe) -> list[str]:
@@ -158,9 +170,12 @@ def run(
         raise ValueError(f"{out} is not empty: a merge is written to a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    partial.mkdir()
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+    )
+    held = FileLock(partial / "lock")
     try:
+        held.acquire(timeout=0)
         results: dict[str, Source] = {}
         notes: list[str] = []
         for number, each in enumerate(recipe.stages):
@@ -182,6 +197,7 @@ def run(
         os.replace(partial / "result", out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        held.release()
     return list(dict.fromkeys(notes))
 
 
@@ -236,15 +252,14 @@ def _stage(
 
 
 def _remove_stale(out: Path) -> None:
-    """What a run that was killed has left, if it is no longer at work."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.partial")
+    """What a run that was killed has left: nobody holds its lock.
+
+    The lock goes with its process, on whatever machine that is; a number of a process
+    may be another's by now.
+    """
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w+\.partial")
     for path in out.parent.iterdir():
-        found = pattern.fullmatch(path.name)
-        if not found:
+        if not pattern.fullmatch(path.name):
             continue
-        try:
-            os.kill(int(found[1]), 0)
-        except ProcessLookupError:
+        with suppress(Timeout, OSError), FileLock(path / "lock", timeout=0):
             shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue

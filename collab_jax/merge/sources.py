@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from collab_jax.io.delta import with_lora
 from collab_jax.io.hub import fetch
-from collab_jax.io.layout import Checkpoint
+from collab_jax.io.layout import Checkpoint, missing
 from collab_jax.io.weights import open_weights
 from collab_jax.merge.reference import Place, Reference
 from collab_jax.merge.targets import ModelFacts
@@ -68,12 +70,43 @@ def open_folder(folder: Path, checkpoint: Checkpoint | None = None) -> Source:
         raise FileNotFoundError(
             f"{path} is missing: a folder in the Hugging Face layout was expected"
         )
+    opened = open_weights(folder) if checkpoint is None else checkpoint
+    return Source(folder, opened, _config(path))
+
+
+def open_tokenizer(reference: Reference, root: Path = Path()) -> Source:
+    """A model that is named for its tokens only; it needs no weights.
+
+    Args:
+      reference: of a configuration.
+      root: relative paths begin here.
+
+    Raises:
+      FileNotFoundError: where there is no such model.
+      ValueError: for a damaged config.json.
+
+    >>> import tempfile
+    >>> open_tokenizer(Reference(Place(tempfile.mkdtemp()))).config
+    {}
+    """
+    folder = _folder(reference.model, root)
+    path = folder / "config.json"
+    config = _config(path) if path.is_file() else {}
+    return Source(folder, Checkpoint({}, _nothing), config)
+
+
+def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-    opened = open_weights(folder) if checkpoint is None else checkpoint
-    return Source(folder, opened, config)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no mapping; fetch it again")
+    return config
+
+
+def _nothing(name: str) -> np.ndarray:
+    raise missing(name, {})
 
 
 def _folder(place: Place, root: Path) -> Path:

@@ -88,8 +88,8 @@ def stream(
       advance: called after every tensor and pass.
 
     Raises:
-      ValueError: for an input that is not finite, naming tensor and model; what a
-        reader raises. Nothing goes on after the first error.
+      ValueError: for an input that is not finite, naming tensor and model, and for
+        such a result; what a reader raises. Nothing goes on after the first error.
 
     >>> from collab_jax.merge.stack import chain
     >>> half, found = np.float32([0.5]), {}
@@ -110,7 +110,7 @@ def stream(
             base, experts = job.read()
             check_finite(job, base, experts)
             if job.part is None:
-                write(job.name, np.asarray(experts[0], job.dtype))
+                merged = np.asarray(experts[0], job.dtype)
             else:
                 narrow = jax.dtypes.canonicalize_dtype(job.dtype)
                 run, whole = programs(job.part), leaf(job, base, experts)
@@ -118,8 +118,14 @@ def stream(
                     merged = split.run(run, None, whole, facts, narrow)
                 else:
                     merged = np.asarray(run.merge(whole, facts, narrow))
-                del base, experts, whole
-                write(job.name, np.asarray(merged, job.dtype))
+                del whole
+            del base, experts
+            merged = np.asarray(merged, job.dtype)
+            _check(
+                f"tensor {job.name} of the result", merged, "finite inputs have gone "
+                f"beyond {job.dtype.name}; are weights or factors too large?"
+            )  # fmt: skip
+            write(job.name, merged)
         advance()
 
     facts = _facts(jobs, leaf, budget, workers, advance)
@@ -190,15 +196,21 @@ def check_finite(job: Job, base: Any, experts: Sequence[Any]) -> None:
     """
     inputs = experts if base is None else (base, *experts)
     for source, array in zip(job.sources, inputs, strict=True):
-        if array.dtype.kind in "iub" or _finite(array):
-            continue
-        bad = np.argwhere(~np.isfinite(array))
-        at = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"tensor {job.name} of {source} holds {len(bad)} numbers that are not "
-            f"finite, the first {array[at]} at {list(at)}: finite parameters are "
-            "expected; did the training diverge, is the file damaged?"
-        )
+        _check(
+            f"tensor {job.name} of {source}", array, "finite parameters are expected; "
+            "did the training diverge, is the file damaged?"
+        )  # fmt: skip
+
+
+def _check(what: str, array: np.ndarray, cure: str) -> None:
+    if array.dtype.kind in "iub" or _finite(array):
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    at = tuple(int(i) for i in bad[0])
+    raise ValueError(
+        f"{what} holds {len(bad)} numbers that are not finite, the first {array[at]} "
+        f"at {list(at)}: {cure}"
+    )
 
 
 def _finite(array: np.ndarray) -> bool:
