@@ -16,8 +16,8 @@ import numpy as np
 from collab_jax import order
 from collab_jax.merge import magnitude
 from collab_jax.merge.magnitude import Digit
-from collab_jax.merge.sparsify import check_share, trim_whole
-from collab_jax.merge.stack import Part, Stack, Survey, Transform, chain, lift, total
+from collab_jax.merge.sparsify import trim_whole
+from collab_jax.merge.stack import Stack, Survey, Transform, chain, total
 from collab_jax.merge.weigh import scale
 
 _UPPER, _LOWER = Digit(16, 16), Digit(0, 16)
@@ -44,7 +44,10 @@ def compete() -> Transform:
         """Those of each pair, in single precision."""
         deltas = [delta.astype(jnp.float32) for delta in stack.deltas]
         pairs = [(i, j) for i in range(len(deltas)) for j in range(i, len(deltas))]
-        return {(i, j): deltas[i] * deltas[j] for i, j in pairs}
+        # bounded, so that no program fuses the product with what follows, and rounds
+        # otherwise than the one that found the extremes
+        most = jnp.finfo(jnp.float32).max
+        return {(i, j): jnp.minimum(deltas[i] * deltas[j], most) for i, j in pairs}
 
     def count_upper(stack, name, facts):
         values = products(stack).values()
@@ -124,36 +127,50 @@ def _number(bits):
     return (bits ^ np.uint32(1 << 31) if bits >> 31 else ~bits).view(np.float32)
 
 
-def on_weights(part: Part) -> Transform:
-    """Does to the weights what a part does to the deltas.
+def keep_heaviest(density) -> Transform:
+    """Keeps each expert's largest weights over the whole model; the rest is zero.
+
+    What is tied with the last of them is kept too, and weights whose first 16 bits
+    agree count as tied: the program that compares need not round as that one did which
+    found the threshold.
 
     Args:
-      part: edits deltas.
+      density: share of the entries to keep, in (0, 1].
 
-    >>> from collab_jax.merge.sparsify import trim
-    >>> one, weight = jnp.ones(2), jnp.array([1.0, 3.0])
-    >>> stack = Stack(one, (one,), (weight,), jax.random.key(0))
-    >>> on_weights(trim(0.5)).apply(stack, "a", ()).weights[0].tolist()
+    Raises:
+      ValueError: for a density outside of (0, 1].
+
+    Source: PCB-Merging, arXiv 2410.02396.
+
+    >>> from collab_jax.merge.memory import merge
+    >>> zero, ones = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
+    >>> weight = {"a": jnp.array([1.0, 3.0])}
+    >>> merge(keep_heaviest(0.5), zero, [ones], [weight])["a"].tolist()
     [0.0, 3.0]
     """
-    transform = lift(part)
+    inner = trim_whole(density)
 
     def turned(stack: Stack) -> Stack:
         weights = (jnp.broadcast_to(w, stack.base.shape) for w in stack.weights)
-        return stack._replace(deltas=tuple(weights))
+        return stack._replace(
+            deltas=tuple(jax.lax.reduce_precision(w, 8, 15) for w in weights)
+        )
 
     def turn(entry):
-        if not isinstance(entry, Survey):
-            return entry
         return entry._replace(
             ask=lambda stack, name, facts: entry.ask(turned(stack), name, facts)
         )
 
     def apply(stack, name, facts):
-        found = transform.apply(turned(stack), name, facts)
-        return stack._replace(weights=found.deltas, key=found.key)
+        found = inner.apply(turned(stack), name, facts).deltas
+        return stack._replace(
+            weights=tuple(
+                jnp.where(mark != 0, w, 0)
+                for mark, w in zip(found, stack.weights, strict=True)
+            )
+        )
 
-    return Transform(apply, tuple(turn(e) for e in transform.survey), transform.case)
+    return Transform(apply, tuple(turn(e) for e in inner.survey), inner.case)
 
 
 def share(stack: Stack) -> Stack:
@@ -191,5 +208,4 @@ def pcb(density=0.1, lam=1.0) -> Transform:
     >>> merge(pcb(0.25), base, [a])["a"].tolist()
     [3.0, 0.0, 0.0, 0.0]
     """
-    check_share("density", density)
-    return chain(compete(), on_weights(trim_whole(density)), share, scale(lam))
+    return chain(compete(), keep_heaviest(density), share, scale(lam))

@@ -188,7 +188,7 @@ def keep_consensus(part: Part, k: int = 2, threshold=0.4) -> Transform:
             deltas=tuple(jnp.where(kept, delta, 0) for delta in after.deltas)
         )
 
-    return Transform(apply, transform.survey, transform.case)
+    return Transform(apply, transform.survey, transform.case, transform.flat)
 
 
 def consensus(k: int = 2, threshold=0.4, lam=0.3) -> Transform:
