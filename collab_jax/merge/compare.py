@@ -190,4 +190,4 @@ def _spread(count: int) -> list[int]:
         place = int(f"{i:0{width}b}"[::-1], 2) / (1 << width)
         order.setdefault(int(place * count), None)
     order.update(dict.fromkeys(range(count)))
-    return list(order)
+    return list(order) if count else []
