@@ -87,8 +87,9 @@ def _distances(axis: Any, places: np.ndarray, rows: Sequence[Any], report: Any) 
     axis.set_ylabel("moved\n|delta| / |base|, %")
     values = np.array([row.statistics.relative for row in rows])
     inside = values[np.isfinite(values) & (values > 0)]
-    if len(inside) and inside.max() > 30 * inside.min():
+    if len(inside) and inside.max() > 100 * inside.min():
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
     else:
         axis.set_ylim(bottom=0)
 
@@ -109,14 +110,14 @@ def _directions(
         mean = cosine.mean(1)
         _line(axis, places, mean, rows, _style(0), label="cosine, mean")
     for field, label, style in (
-        ("conflict", "signs against", "s--"),
-        ("weighted", "signs against, by size", "^:"),
+        ("pair_conflict", "signs against", "s--"),
+        ("pair_weighted", "signs against, by size", "^:"),
     ):
-        shares = [getattr(row.statistics, field) for row in rows]
-        color = "0.25" if field == "conflict" else "0.55"
+        matrices = [tally.between(getattr(row.statistics, field)) for row in rows]
+        shares = [values.mean() if len(values) else np.nan for values in matrices]
+        color = "0.25" if field == "pair_conflict" else "0.55"
         _line(axis, places, shares, rows, style, label=label, color=color)
-    independent = 1 - 2.0 ** (1 - len(names))
-    axis.axhline(independent, color="0.8", lw=4, zorder=0, label="signs if independent")
+    axis.axhline(0.5, color="0.85", lw=4, zorder=0, label="signs if independent")
     axis.axhline(0, color="0.6", lw=0.8, zorder=0)
     axis.set_ylabel("cosine of deltas,\nshare of entries")
     lowest = np.nan_to_num(cosine, nan=0).min()

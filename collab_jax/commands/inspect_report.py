@@ -14,6 +14,8 @@ from collab_jax.merge.diagnose import LARGE, TOP
 from collab_jax.merge.tally import Row, Site
 from collab_jax.merge.verdict import verdict
 
+_APART = 4  # experts with a column each
+
 
 class Report(NamedTuple):
     """All that was found."""
@@ -186,7 +188,7 @@ def _table(report: Report, by: str, limit: int, total: Row) -> None:
     table.add_column(by, no_wrap=True)
     count, ranked = len(report.experts), total.ranks is not None
     for title in _titles(report, ranked):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in [*made, total]:
         if row is total:
             table.add_section()
@@ -203,43 +205,45 @@ def _most(values: np.ndarray) -> float:
 
 def _titles(report: Report, ranked: bool) -> list[str]:
     experts = report.experts
-    many = len(experts) > 3
-    per = ["least to most"] if many else experts
-    titles = [f"moved %\n{name}" for name in per]
-    titles += [f"changed %\n{name}" for name in per]
+    many = len(experts) > _APART
+    titles = [f"moved %\n{name}" for name in (["all"] if many else experts)]
+    titles.append("changed\n%")
     if len(experts) > 1:
         titles += ["cosine", "signs\nagainst %", "by size\n%", "cancels\n%"]
-        titles += [f"top {TOP:.0%}\nshared %"]
-    if ranked:
-        titles += [f"rank %\n{name}" for name in per]
-    return titles
+        titles.append(f"top {TOP:.0%}\nshared %")
+    return [*titles, "rank\n%"] if ranked else titles
 
 
 def _cells(row: Row, count: int, ranked: bool) -> list[str]:
     found = row.statistics
-    cells = [*_per(found.relative, count), *_per(found.changed, count)]
+    apart = count <= _APART
+    cells = [_percent(x) for x in found.relative] if apart else [_range(found.relative)]
+    cells.append(_range(found.changed))
     if count > 1:
-        pairs = np.tril_indices(count, -1)
-        cosine = found.cosine[pairs]
-        cells.append(_range([f"{x:.2f}" for x in (cosine.min(), cosine.max())]))
-        shares = (found.conflict, found.weighted, found.cancelled)
-        cells += [_percent(x) for x in shares]
-        overlap = found.overlap[pairs]
-        cells.append(_range([_percent(x) for x in (overlap.min(), overlap.max())]))
+        cells.append(_range(tally.between(found.cosine), "{:.2f}", 1))
+        cells.append(_percent(_mean(found.pair_conflict)))
+        cells.append(_percent(_mean(found.pair_weighted)))
+        cells.append(_percent(found.cancelled))
+        cells.append(_range(tally.between(found.overlap)))
     if ranked:
-        shares = None if row.ranks is None else row.ranks[0]
-        cells += [""] * min(count, 3) if shares is None else _per(shares, count)
+        cells.append("" if row.ranks is None else _range(row.ranks[0]))
     return cells
 
 
-def _per(values: np.ndarray, count: int) -> list[str]:
-    if count <= 3:
-        return [_percent(x) for x in values]
-    return [_range([_percent(values.min()), _percent(values.max())])]
+def _mean(matrix: np.ndarray) -> float:
+    values = tally.between(matrix)
+    return float(values.mean()) if len(values) else math.nan
 
 
-def _range(ends: Sequence[str]) -> str:
-    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+def _range(values: np.ndarray, form: str = "", scale: float = 100) -> str:
+    """The least and the greatest, or one where they look the same."""
+    if not len(values) or np.isnan(values).all():
+        return "-"
+    ends = [
+        form.format(scale * x + 0.0).replace("-0.00", "0.00") if form else _percent(x)
+        for x in (np.nanmin(values), np.nanmax(values))
+    ]
+    return ends[0] if ends[0] == ends[1] else "..".join(ends)
 
 
 def _percent(share: float) -> str:
@@ -251,18 +255,16 @@ def _percent(share: float) -> str:
 
 def _notes(report: Report) -> None:
     click.echo(
-        "moved: |delta| / |base|; changed: entries that differ; signs against: of "
-        "entries that several changed,\nby size: weighted with |delta|; cancels: lost "
-        f"in a sum; top {TOP:.0%}: of the largest |delta|"
+        "moved: |delta| / |base|; changed: entries that differ; "
+        "a..b: least and most of the models or pairs"
     )
-    known = sum(each.ranks is not None for each in report.compared)
-    if known:
+    if len(report.experts) > 1:
         click.echo(
-            "rank: effective rank of a delta, of its smaller side; of "
-            f"{known} of {report.matrices} matrices"
+            "signs against: of the entries that two changed; by size: weighted with "
+            f"|delta|; cancels: lost in a sum;\ntop {TOP:.0%}: of the largest |delta|, "
+            "how many are also the other's"
         )
-    elif report.matrices:
-        click.echo("rank: not computed; --ranks all computes it for every matrix")
+    _ranks(report)
     total = report.total
     assert total is not None
     names, cosine = report.names, total.statistics.weight_cosine
@@ -290,3 +292,14 @@ def _notes(report: Report) -> None:
     if report.apart:
         more = f" and {len(report.apart) - 1} more" if len(report.apart) > 1 else ""
         click.echo(f"not compared: {report.apart[0]}{more}, see the findings")
+
+
+def _ranks(report: Report) -> None:
+    known = sum(each.ranks is not None for each in report.compared)
+    if known:
+        click.echo(
+            "rank: effective rank of a delta, of its smaller side; of "
+            f"{known} of {report.matrices} matrices"
+        )
+    elif report.matrices:
+        click.echo("rank: not computed; --ranks all computes it for every matrix")

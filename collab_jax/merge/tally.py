@@ -109,6 +109,16 @@ def row(name: str, compared: Sequence[Compared]) -> Row:
     return Row(name, len(parts), int(total.size), diagnose.statistics(total), ranks)
 
 
+def between(matrix: np.ndarray) -> np.ndarray:
+    """The entries of an `[N, N]` matrix that belong to pairs, without NaN.
+
+    >>> between(np.array([[1, 0.5], [0.5, 1]])).tolist()
+    [0.5]
+    """
+    values = matrix[np.tril_indices(len(matrix), -1)]
+    return values[~np.isnan(values)]
+
+
 def rows(
     compared: Sequence[Compared], key: Callable[[Compared], str]
 ) -> tuple[Row, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from collab_jax.merge.compare import Bad
 from collab_jax.merge.diagnose import LARGE, TOP
-from collab_jax.merge.tally import Row
+from collab_jax.merge.tally import Row, between
 
 FAR = 0.5  # |delta| / |base| above which a model is hardly a fine-tune of the base
 ORTHOGONAL, ALIKE = 0.1, 0.5  # |cosine|
@@ -145,7 +145,7 @@ def _directions(total: Row, names, moved) -> Iterable[str]:
     else:
         yield (
             f"{said}: the experts share a direction in part (above {ORTHOGONAL:g}); "
-            "a sum doubles it, so keep lambda below 1 or average."
+            "a sum counts it again and again, so keep lambda below 1 or average."
         )
 
 
@@ -153,22 +153,21 @@ def _signs(total: Row, names, moved) -> Iterable[str]:
     found = total.statistics
     if len(moved) < 2 or math.isnan(found.conflict):
         return
-    count = len(moved)
-    alone = 1 - 2.0 ** (1 - count)  # of independent signs
+    counted = float(between(found.pair_conflict).mean())
+    weighted = float(between(found.pair_weighted).mean())
     line = (
-        f"Signs disagree in {found.conflict:.0%} of the entries that more than one "
-        f"changed, {found.weighted:.0%} by magnitude (independent: {alone:.0%}); a "
-        f"plain sum cancels {found.cancelled:.0%} of the magnitude"
+        f"Signs disagree in {counted:.0%} of the entries that two changed, "
+        f"{weighted:.0%} by magnitude (independent: 50%); a plain sum cancels "
+        f"{found.cancelled:.0%} of the magnitude"
     )
-    pairs = [(i, j) for k, i in enumerate(moved) for j in moved[:k]]
-    gain = float(np.mean([found.overlap[p] / found.chance[p] for p in pairs]))
-    if found.weighted > 0.4 and gain > 1.5:
+    gain = float(between(found.overlap / found.chance).mean())
+    if weighted > 0.4 and gain > 1.5:
         yield (
             f"{line}. The largest {TOP:.0%} overlap {gain:.1f} times as much as chance "
             "(above 1.5) and conflict (above 40%): the experts quarrel over the same "
             "entries; elect signs (TIES)."
         )
-    elif found.weighted < 0.2:
+    elif weighted < 0.2:
         yield f"{line}. Below 20% there is little for an election of signs to do."
     else:
         yield (
