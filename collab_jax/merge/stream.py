@@ -271,9 +271,15 @@ def _in_order(tasks: Iterable[Callable[[], Any]], workers: int) -> Iterator[Any]
     """What tasks return, in order; threads run a few ahead. An error ends them all."""
     pool = ThreadPoolExecutor(workers, "merge")
     ahead: deque[Future] = deque()
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+
+    def call(task: Callable[[], Any]) -> Any:
+        with jax.enable_x64(wide):  # it is a thread's own
+            return task()
+
     try:
         for task in tasks:
-            ahead.append(pool.submit(task))
+            ahead.append(pool.submit(call, task))
             if len(ahead) > 4 * workers:
                 yield ahead.popleft().result()
         while ahead:
