@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from collab_jax.merge import magnitude, pieces
-from collab_jax.merge.memory import add
+from collab_jax.merge.pieces import add
 
 COUNT = 600
 CASES = {

@@ -121,8 +121,9 @@ def _parts(stage: Stage, rows: Rows | None) -> dict[str, Transform]:
     parts: dict[str, Transform] = {}
     for method, known in prepared.items():
         make = METHODS[method].make
-        flat = all(lift(make(knobs)).flat for knobs in _unlike(known.values()))
-        parts |= dict.fromkeys(known, scheduled(make, _at(known), flat=flat))
+        made = [lift(make(knobs)) for knobs in _unlike(known.values())]
+        flat, hosted = all(p.flat for p in made), any(p.hosted for p in made)
+        parts |= dict.fromkeys(known, scheduled(make, _at(known), flat, hosted))
     return parts
 
 

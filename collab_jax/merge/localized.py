@@ -15,7 +15,8 @@ import numpy as np
 from collab_jax import tree
 from collab_jax.io import safetensors
 from collab_jax.io.layout import Layout
-from collab_jax.merge.memory import add, merge
+from collab_jax.merge.memory import merge
+from collab_jax.merge.pieces import add
 from collab_jax.merge.stack import Part, Transform, chain, lift, total
 from collab_jax.merge.weigh import scale
 

@@ -4,15 +4,15 @@ Leaves are compiled one by one, equal shapes once. Nothing is gathered: elementw
 parts stay on their devices, whole-leaf statistics are sums that the compiler shards.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from collab_jax import tree
+from collab_jax.merge import split
+from collab_jax.merge.pieces import add
 from collab_jax.merge.program import Leaf, programs
 from collab_jax.merge.stack import Facts, Part, Survey, lift
 
@@ -92,30 +92,23 @@ def merge(
             facts = (*facts, entry.settle(total, facts, size))
         else:
             facts = (*facts, entry)
+    on_host = transform.hosted and _here((first, experts, rows, key))
     for j in floating:
-        leaves[j] = run.merge(leaf(j), facts)
+        if on_host:
+            leaves[j] = jnp.asarray(split.run(run, None, leaf(j), facts, whole=True))
+        else:
+            leaves[j] = run.merge(leaf(j), facts)
     return jax.tree.unflatten(jax.tree.structure(first), leaves)
 
 
-def add(total: Any, summary: Any) -> Any:
-    """Adds the summary of one more leaf; integers of NumPy, 64 bits wide, outside jit.
-
-    Args:
-      total: of the leaves before; None for the first.
-      summary: of the next leaf.
-
-    >>> add(add(None, (jnp.int32(1),)), (jnp.int32(2),))[0]
-    np.int64(3)
-    """
-
-    def wide(leaf):
-        if isinstance(leaf, jax.core.Tracer):
-            return leaf
-        leaf = np.asarray(leaf)
-        return leaf.astype(np.int64 if leaf.dtype.kind in "iu" else np.float64)
-
-    summary = jax.tree.map(wide, summary)
-    return summary if total is None else jax.tree.map(operator.add, total, summary)
+def _here(trees: Any) -> bool:
+    """Whether all arrays are concrete, and on one CPU."""
+    leaves = jax.tree.leaves(trees)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    devices = {str(device) for a in arrays for device in a.sharding.device_set}
+    return len(devices) < 2 and jax.default_backend() == "cpu"
 
 
 def _weights(weights: Sequence[Any] | None, first: Any, count: int) -> list[list[Any]]:

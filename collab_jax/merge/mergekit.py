@@ -71,7 +71,14 @@ def part(name: str, count: int, knobs: Knobs | None = None) -> Transform:
         resolved[knob] = (value,) * count if each else value
     resolved.pop("weight", None)
     method = METHODS[name]
-    return scheduled(method.make, lambda leaf, shape: method.prepare(resolved, shape))
+    return scheduled(
+        method.make,
+        lambda leaf, shape: method.prepare(resolved, shape),
+        hosted=name in RANKED,
+    )
+
+
+RANKED = "della", "della_linear"  # rank the entries of rows
 
 
 def _size(shape: Shape) -> int:

@@ -46,7 +46,8 @@ def same_size(part: Part) -> Callable[[Stack], Stack]:
             deltas.append(delta * ratio.astype(delta.dtype))
         return after._replace(deltas=tuple(deltas))
 
-    return pieces.flat(apply) if inner.flat else apply
+    marked = pieces.hosted(apply) if inner.hosted else apply
+    return pieces.flat(marked) if inner.flat else marked
 
 
 def arithmetic(
@@ -128,6 +129,7 @@ def drop_by_rank(lows: Sequence, highs: Sequence) -> Callable[[Stack], Stack]:
     [0.0, 2.0]
     """
 
+    @pieces.hosted
     def apply(stack: Stack) -> Stack:
         axis = 1 if stack.base.ndim > 1 else 0
         rows = zip(stack.deltas, lows, highs, strict=True)

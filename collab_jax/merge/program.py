@@ -5,7 +5,7 @@ Shapes: N experts, S the shape of a leaf.
 
 import functools
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,10 @@ class Programs(NamedTuple):
     # (i, Leaf of a piece, shape of the leaf, place, facts, known, type) -> `Answer` of
     # entry i of the survey, or of the merge for i = None
     piece: Callable[..., Answer]
+    # (leaves of one case and shape, facts, type) -> the merged leaves, `[K, *S]`
+    batch: Callable[..., jax.Array]
+    # (name, shape) -> equal for leaves that a batch may hold together; None: never
+    kind: Callable[[str, Shape], Hashable]
 
 
 @functools.lru_cache(maxsize=128)
@@ -71,6 +75,9 @@ def programs(transform: Transform) -> Programs:
     """
     named: dict[Hashable, str] = {}
 
+    def kind(name: str, shape: Shape) -> Hashable:
+        return None if transform.case is None else (shape, transform.case(name, shape))
+
     def representative(name: str, shape: Shape, whole: bool) -> str:
         if transform.case is None:
             return name
@@ -80,7 +87,7 @@ def programs(transform: Transform) -> Programs:
 
     def arguments(leaf: Leaf, facts: Facts, shape: Shape | None = None):
         whole = shape is None
-        shape = jnp.shape(leaf.experts[0]) if whole else shape
+        shape = jnp.shape(leaf.experts[0]) if shape is None else shape
         own = tuple(
             fact.at(leaf.name, shape) if isinstance(fact, Schedule) else fact
             for fact in facts
@@ -113,10 +120,35 @@ def programs(transform: Transform) -> Programs:
                     return transform.survey[i].ask(made, name, facts), None, ()
                 merged = combine(transform.apply(made, name, facts))
         except Wanted as wanted:
-            settles[name, i, len(known)] = wanted.settle
+            settles[name, i, jax.tree.structure(known)] = wanted.settle
             return None, wanted.summary, wanted.operands
         like = experts[0] if base is None else base
         return merged.astype(dtype or like.dtype), None, ()
+
+    @functools.partial(jax.jit, static_argnames=("name", "dtype", "axes"))
+    def batch(base, experts, weights, key, places, facts, name, dtype, axes):
+        def one(base, experts, weights, place, facts):
+            return merge(base, experts, weights, key, place, facts, name, dtype)
+
+        return jax.vmap(one, (0, 0, 0, 0, axes))(base, experts, weights, places, facts)
+
+    def run_batch(leaves: Sequence[Leaf], facts: Facts, dtype: Any = None):
+        rows = [arguments(leaf, facts) for leaf in leaves]
+        bases, experts, weights, _, places, own = zip(
+            *(args for args, _ in rows), strict=True
+        )
+        base = None if bases[0] is None else np.stack(bases)
+        columns = tuple(np.stack(column) for column in zip(*experts, strict=True))
+        shares = tuple(np.array(column) for column in zip(*weights, strict=True))
+        axes = tuple(0 if isinstance(fact, Schedule) else None for fact in facts)
+        told = tuple(
+            jax.tree.map(lambda *row: np.stack(row), *column)
+            if axis == 0
+            else column[0]
+            for axis, column in zip(axes, zip(*own, strict=True), strict=True)
+        )
+        args = base, columns, shares, leaves[0].key, np.array(places), told
+        return batch(*args, name=rows[0][1], dtype=dtype, axes=axes)
 
     def run_merge(leaf: Leaf, facts: Facts, dtype: Any = None):
         args, name = arguments(leaf, facts)
@@ -130,7 +162,8 @@ def programs(transform: Transform) -> Programs:
         args, name = arguments(leaf, facts, shape)
         given = piece(*args, place, known, name=name, dtype=dtype, i=i)
         result, summary, operands = given
-        settle = settles.get((name, i, len(known))) if result is None else None
+        asked = name, i, jax.tree.structure(known)  # None in it chooses a program
+        settle = settles.get(asked) if result is None else None
         return Answer(result, summary, operands, settle)
 
-    return Programs(run_merge, run_ask, run_piece)
+    return Programs(run_merge, run_ask, run_piece, run_batch, kind)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from collab_jax.merge import magnitude, noise, rank
 from collab_jax.merge.magnitude import kept
-from collab_jax.merge.pieces import flat
+from collab_jax.merge.pieces import flat, hosted
 from collab_jax.merge.stack import Stack, Survey, Transform, total
 
 
@@ -310,6 +310,7 @@ def drop_by_rank(density, epsilon) -> Callable[[Stack], Stack]:
             "epsilon > 0 and density + epsilon <= 1 are expected"
         )
 
+    @hosted
     def apply(stack: Stack) -> Stack:
         ends = density - epsilon, density + epsilon
         shares = [rank.rising(delta, *ends) for delta in stack.deltas]

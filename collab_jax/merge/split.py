@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from collab_jax.merge.memory import add
-from collab_jax.merge.pieces import MOST, Place
+from collab_jax.merge.pieces import MOST, Place, add
 from collab_jax.merge.program import Leaf, Programs
 from collab_jax.merge.stack import Facts
 
@@ -48,16 +47,22 @@ def cut(count: int) -> list[Piece]:
 
 
 def run(
-    programs: Programs, i: int | None, leaf: Leaf, facts: Facts, dtype: Any = None
+    programs: Programs,
+    i: int | None,
+    leaf: Leaf,
+    facts: Facts,
+    dtype: Any = None,
+    whole: bool = False,
 ) -> Any:
     """The merged leaf, or its summary for an entry of the survey, piece by piece.
 
     Args:
-      programs: of a flat transform.
+      programs: of a flat transform, or any for whole leaves.
       i: the entry of the survey; None for the merge.
       leaf: its arrays are those of NumPy, its weights numbers.
       facts: of the surveys before.
       dtype: of the result; None for the base's.
+      whole: whether the leaf is one piece, in its own shape.
 
     >>> from collab_jax.merge.program import programs
     >>> from collab_jax.merge.stack import chain
@@ -67,9 +72,12 @@ def run(
     [[1.5, 1.5, 1.5], [1.5, 1.5, 1.5]]
     """
     shape = leaf.experts[0].shape
-    base = None if leaf.base is None else np.asarray(leaf.base).reshape(-1)
-    experts = [np.asarray(expert).reshape(-1) for expert in leaf.experts]
-    pieces, known = cut(math.prod(shape)), ()
+    count = math.prod(shape)
+    pieces = [Piece(0, count, count)] if whole else cut(count)
+    form = shape if whole else (count,)
+    base = None if leaf.base is None else np.asarray(leaf.base).reshape(form)
+    experts = [np.asarray(expert).reshape(form) for expert in leaf.experts]
+    known: tuple = ()
     result: Any = None
     while True:
         total, answer = None, None
@@ -88,7 +96,7 @@ def run(
                 values = np.asarray(answer.result)
                 result = np.empty(shape, values.dtype) if result is None else result
                 own = result.reshape(-1)[piece.start : piece.end]
-                own[:] = values[: len(own)]
+                own[:] = values.reshape(-1)[: len(own)]
         if answer is None:
             raise ValueError(f"tensor {leaf.name} has no entries: nothing to merge")
         if answer.settle is None:
@@ -98,6 +106,8 @@ def run(
 
 
 def _take(array: np.ndarray, piece: Piece) -> np.ndarray:
+    if array.size == piece.size:
+        return array
     values = array[piece.start : piece.end]
     if len(values) == piece.size:
         return values

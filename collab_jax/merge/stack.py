@@ -70,6 +70,8 @@ class Transform(NamedTuple):
     case: Callable[[str, Shape], Hashable] | None = None
     # whether it works on any stretch of the flattened leaf, see `pieces`
     flat: bool = False
+    # whether it has steps that a CPU's host takes faster, see `pieces.on_host`
+    hosted: bool = False
 
 
 Part = Transform | Callable[[Stack], Stack]
@@ -88,6 +90,7 @@ def lift(part: Part) -> Transform:
         lambda stack, name, facts: part(stack),
         case=_alike,
         flat=getattr(part, "flat", False),
+        hosted=getattr(part, "hosted", False),
     )
 
 
@@ -138,6 +141,7 @@ def chain(*parts: Part) -> Transform:
         tuple(behind(i, e) for i, t in enumerate(transforms) for e in t.survey),
         _cases(cases),
         all(transform.flat for transform in transforms),
+        any(transform.hosted for transform in transforms),
     )
 
 
@@ -194,13 +198,14 @@ def where(pattern: str, part: Part) -> Transform:
 
     survey = tuple(inside(entry) for entry in transform.survey)
     seen = None if transform.case is None else case
-    return Transform(apply, survey, seen, transform.flat)
+    return Transform(apply, survey, seen, transform.flat, transform.hosted)
 
 
 def scheduled(
     make: Callable[[dict[str, Any]], Part],
     at: Callable[[str, Shape], dict[str, Any]],
     flat: bool = False,
+    hosted: bool = False,
 ) -> Transform:
     """A part whose knobs depend on the leaf: per layer, per name, learned per leaf.
 
@@ -212,6 +217,7 @@ def scheduled(
       at: (name, shape) -> knobs by name: numbers, tracers or trees of them; and
         booleans, strings or None, which choose the program.
       flat: whether every part that `make` returns is flat.
+      hosted: whether one of them has steps on the host.
 
     >>> from collab_jax.merge.memory import merge
     >>> from collab_jax.merge.weigh import scale
@@ -239,7 +245,7 @@ def scheduled(
         return tuple(sorted(words.items())), jax.tree.structure(numbers)
 
     numbers = Schedule(lambda name, shape: split(name, shape)[1])
-    return Transform(apply, (numbers,), case, flat)
+    return Transform(apply, (numbers,), case, flat, hosted)
 
 
 def total(terms: Iterable[Any]) -> Any:

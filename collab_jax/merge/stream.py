@@ -10,7 +10,7 @@ import functools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,9 +18,12 @@ import jax
 import numpy as np
 
 from collab_jax.merge import split
-from collab_jax.merge.memory import add
+from collab_jax.merge.pieces import add
 from collab_jax.merge.program import Leaf, programs
 from collab_jax.merge.stack import Facts, Survey, Transform
+
+BATCH = 64  # small leaves of one kind that are merged by one call
+SMALL = 1 << 14  # entries
 
 Arrays = tuple[np.ndarray | None, tuple[np.ndarray, ...]]  # base or None, N experts
 
@@ -65,6 +68,11 @@ def limit(jobs: Sequence[Job]) -> int:
     return max(sizes, default=0)
 
 
+def _in_phases(part: Transform) -> bool:
+    """Whether the host adds sums over pieces, or takes steps of its own."""
+    return _in_pieces(part) or (part.hosted and jax.default_backend() == "cpu")
+
+
 def _in_pieces(part: Transform) -> bool:
     """Accelerators have the memory, and run few large programs better."""
     return part.flat and jax.default_backend() == "cpu"
@@ -105,33 +113,85 @@ def stream(
     def leaf(job: Job, base, experts) -> Leaf:
         return Leaf(job.name, base, experts, job.weights, key)
 
+    def put(job: Job, merged: Any) -> None:
+        merged = np.asarray(merged, job.dtype)
+        _check(
+            f"tensor {job.name} of the result", merged, "finite inputs have gone "
+            f"beyond {job.dtype.name}; are weights or factors too large?"
+        )  # fmt: skip
+        write(job.name, merged)
+
     def run(job: Job, facts: Facts) -> None:
         with budget.take(cost(job)):
             base, experts = job.read()
             check_finite(job, base, experts)
             if job.part is None:
-                merged = np.asarray(experts[0], job.dtype)
+                put(job, experts[0])
             else:
                 narrow = jax.dtypes.canonicalize_dtype(job.dtype)
                 run, whole = programs(job.part), leaf(job, base, experts)
-                if _in_pieces(job.part):
-                    merged = split.run(run, None, whole, facts, narrow)
+                if _in_phases(job.part):
+                    entire = not job.part.flat
+                    merged = split.run(run, None, whole, facts, narrow, entire)
                 else:
                     merged = np.asarray(run.merge(whole, facts, narrow))
-                del whole
-            del base, experts
-            merged = np.asarray(merged, job.dtype)
-            _check(
-                f"tensor {job.name} of the result", merged, "finite inputs have gone "
-                f"beyond {job.dtype.name}; are weights or factors too large?"
-            )  # fmt: skip
-            write(job.name, merged)
+                del base, experts, whole
+                put(job, merged)
         advance()
 
+    def run_together(group: list[Job], facts: Facts) -> None:
+        first = group[0]
+        assert first.part is not None
+        with budget.take(sum(cost(job) for job in group)):
+            leaves = []
+            for job in group:
+                base, experts = job.read()
+                check_finite(job, base, experts)
+                leaves.append(leaf(job, base, experts))
+            leaves += leaves[-1:] * (BATCH - len(leaves))  # one program for all sizes
+            narrow = jax.dtypes.canonicalize_dtype(first.dtype)
+            merged = np.asarray(programs(first.part).batch(leaves, facts, narrow))
+            for job, row in zip(group, merged, strict=False):
+                put(job, row)
+                advance()
+
     facts = _facts(jobs, leaf, budget, workers, advance)
-    tasks = (functools.partial(run, job, facts.get(job.part, ())) for job in jobs)
+    tasks: list[Callable[[], None]] = []
+    for group in _together(jobs):
+        known = facts.get(group[0].part, ())
+        if len(group) > 1:
+            tasks.append(functools.partial(run_together, group, known))
+        else:
+            tasks.append(functools.partial(run, group[0], known))
     for _ in _in_order(tasks, workers):
         pass
+
+
+def _together(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Small leaves of one kind in groups, so that a program serves many of them.
+
+    A model of many experts has tens of thousands of tensors. Groups are worth a program
+    of their own from a few dozen leaves on.
+    """
+    kinds: dict[Hashable, list[Job]] = {}
+    alone: list[Job] = []
+    for job in jobs:
+        small = 0 < math.prod(job.shape) <= SMALL
+        small = small and job.part is not None and not job.part.hosted
+        kind = programs(job.part).kind(job.name, job.shape) if small else None
+        if kind is None:
+            alone.append(job)
+        else:
+            full = job.part, kind, job.dtype, len(job.sources)
+            kinds.setdefault(full, []).append(job)
+    groups = [[job] for job in alone]
+    for same in kinds.values():
+        if len(same) < BATCH:
+            groups += [[job] for job in same]
+        else:
+            groups += [same[i : i + BATCH] for i in range(0, len(same), BATCH)]
+    place = {id(job): i for i, job in enumerate(jobs)}
+    return sorted(groups, key=lambda group: place[id(group[0])])
 
 
 def passes(jobs: Iterable[Job]) -> int:
@@ -167,8 +227,8 @@ def _facts(jobs, leaf, budget, workers, advance) -> dict[Transform | None, Facts
                 with budget.take(cost(job)):
                     base, experts = job.read()
                     run, whole = programs(part), leaf(job, base, experts)
-                    if _in_pieces(part):
-                        found = split.run(run, i, whole, known)
+                    if _in_phases(part):
+                        found = split.run(run, i, whole, known, whole=not part.flat)
                     else:
                         found = jax.tree.map(np.asarray, run.ask(i, whole, known))
                 advance()
