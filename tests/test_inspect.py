@@ -13,6 +13,7 @@ from command_line import refused, run
 from merge_models import ROWS, WIDTH, llama
 
 from collab_jax.io.safetensors import Layout, open_folder, write_folder
+from collab_jax.io.safetensors import write as write_tensors
 
 CONFIG = {
     "model_type": "llama",
@@ -129,6 +130,28 @@ def test_without_a_base_the_first_is_it(folders):
     assert "cosines of the weights themselves: b and base" in text
     pair = as_json(folders["b"], "--base", folders["base"])
     assert pair["total"] == found["total"]
+
+
+def test_an_adapter_moves_what_it_says(folders, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    settings |= {"target_modules": ["q_proj"], "base_model_name_or_path": "base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    at = "base_model.model.model.layers.1.self_attn.q_proj"
+    one = np.arange(1, WIDTH + 1, dtype=np.float32)
+    factors = {f"{at}.lora_A.weight": one[None], f"{at}.lora_B.weight": one[:, None]}
+    layouts = {name: Layout(x.dtype, x.shape) for name, x in factors.items()}
+    file = adapter / "adapter_model.safetensors"
+    write_tensors(file, layouts, list(factors.values()))
+    reference = f"{folders['base']}+{adapter}"
+    found = as_json(reference, "--base", folders["base"], "--ranks", "all")
+    assert found["models"] == ["base+adapter"]
+    assert len(found["equal"]["base+adapter"]) == TENSORS - 1
+    assert found["total"]["norm"] == pytest.approx([one @ one], rel=1e-5)
+    (rank,) = [r for r in found["ranks"] if "layers.1.self_attn.q_proj" in r["tensor"]]
+    assert rank["effective"] == pytest.approx([1], abs=0.01)
+    assert rank["stable"] == pytest.approx([1], abs=0.01)
 
 
 def test_what_is_not_finite_is_named(folders):
