@@ -16,10 +16,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # the first array is made; arrays that name no device still live on the first one.
 jax.config.update("jax_num_cpu_devices", 8)
 # Equal programs are compiled once a run. They are kept in a folder of this run, so that
-# a test never depends on an earlier one.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="collab_jax-tests-")
+# a test never depends on an earlier one; the workers of `-n` share it.
+PROGRAMS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="collab_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # The library never needs torch; the comparison with it runs where it is installed.
@@ -31,7 +33,8 @@ collect_ignore = ["golden"] if TORCH else ["golden", "parity"]
 def pytest_unconfigure(config):
     """Removes the programs."""
     del config
-    PROGRAMS.cleanup()
+    if PROGRAMS:
+        PROGRAMS.cleanup()
 
 
 def pytest_report_header(config):
