@@ -210,7 +210,7 @@ def _most_varied(deltas: Sequence[jax.Array], share) -> jax.Array:
     for n, delta in enumerate(deltas[1:], 2):  # Welford: equal deltas vary by exactly 0
         gap = delta - mean
         mean = mean + gap / n
-        squares = squares + gap * (delta - mean)
+        squares = squares + sparsify.rounded(gap * (delta - mean))
     varies = pieces.over_leaf((squares / len(deltas) != 0).sum(dtype=jnp.int32))
     # float32, as mergekit multiplies a tensor that counts by a number
     count = jnp.floor(jnp.float32(varies) * jnp.asarray(share, jnp.float32))

@@ -219,7 +219,10 @@ def select_varying(share) -> Callable[[Stack], Stack]:
     def apply(stack: Stack) -> Stack:
         pairs = itertools.combinations(stack.deltas, 2)
         spread = total(
-            [jnp.zeros_like(stack.base), *(_squared(a - b) for a, b in pairs)]
+            [
+                jnp.zeros_like(stack.base),
+                *(rounded(jnp.square(a - b)) for a, b in pairs),
+            ]
         )
         mask = magnitude.among_largest(spread, kept(share, spread.size))
         return stack._replace(
@@ -229,13 +232,19 @@ def select_varying(share) -> Callable[[Stack], Stack]:
     return apply
 
 
-def _squared(x: jax.Array) -> jax.Array:
-    """Bounded, so that no compiler fuses the square with a sum that follows.
+def rounded(product: jax.Array) -> jax.Array:
+    """A product that no compiler fuses with a sum that follows.
 
-    Where a threshold and what is compared with it are computed in two loops, a square
+    Where a threshold and what is compared with it are computed in two loops, a product
     that is rounded in one of them alone loses the entry that the threshold is.
+
+    Args:
+      product: finite, or infinity, which becomes the largest number.
+
+    >>> rounded(jnp.array([2.0, jnp.inf]))[0].item()
+    2.0
     """
-    return jnp.minimum(jnp.square(x), jnp.finfo(x.dtype).max)
+    return jnp.minimum(product, jnp.finfo(product.dtype).max)
 
 
 def keep_band(beta, gamma) -> Callable[[Stack], Stack]:
