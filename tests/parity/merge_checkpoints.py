@@ -35,7 +35,8 @@ FAMILIES = {
     ),
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
-        {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+        {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
+        | {"num_experts_per_tok": 2},
     ),
 }
 GPT2 = {"vocab_size": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
