@@ -15,6 +15,8 @@ import numpy as np
 
 from collab_jax.merge import pieces
 
+FEW = 1 << 12  # entries, of which histograms would cost more than 31 passes
+
 
 class Digit(NamedTuple):
     """Some bits of a pattern."""
@@ -131,6 +133,8 @@ def cuts(xs: Sequence[jax.Array], ks: Sequence[Any]) -> list[Cut]:
     def bitwise(value, rank):
         return [tuple(_by_bits(value, rank))]
 
+    if values[0].size <= FEW:
+        return [_by_bits(*each) for each in zip(values, ranks, strict=True)]
     return [
         Cut(*jax.lax.platform_dependent(value, rank, cpu=each, default=bitwise)[0])
         for value, rank in zip(values, ranks, strict=True)
