@@ -148,7 +148,8 @@ def karcher_weights(
       distances: `[N, N]`, see `squared_distances`.
       shares: `[N]`, at least 0 and not all 0; vectors of share 0 have no part in it.
       max_iter: steps at most, a number or tracer.
-      tol: vectors at a smaller angle do not pull; a number or tracer.
+      tol: vectors at a smaller angle do not pull, nor do those that are opposite, to
+        which no shortest way leads; a number or tracer.
 
     Source: Karcher 1977; arXiv 2603.04972 for merging.
 
@@ -171,9 +172,10 @@ def karcher_weights(
         gap = 1 - mean.sum() + 0.5 * (distances @ mean)  # 1 - cosine to each vector
         gap = jnp.clip(gap, 0, 2)
         theta = 2 * jnp.arcsin(jnp.sqrt(gap / 2))
-        pull = jnp.where(
-            theta < tol, 0, shares * theta / jnp.sin(jnp.maximum(theta, tol))
-        )
+        opposite = 2 - gap <= 8 * jnp.finfo(gap.dtype).eps
+        still = (theta < tol) | opposite
+        sine = jnp.where(still, 1, jnp.sin(theta))
+        pull = jnp.where(still, 0, shares * theta / sine)
         tangent = pull - (pull * (1 - gap)).sum() * mean
         size = length(tangent)
         far = size >= tol
