@@ -268,3 +268,22 @@ def test_types_are_the_base_s():
 def test_bad_input(act, message):
     with pytest.raises(ValueError, match=message):
         act(*trees(2))
+
+
+@pytest.mark.parametrize("name", ["soup", "task arithmetic", "ties", "dare"])
+def test_sharded_leaves_are_not_gathered(name):
+    """Devices exchange sums and histograms; leaves stay where they are."""
+    rows = NamedSharding(mesh.make_mesh(model=8), PartitionSpec("model"))
+    base, *experts = (
+        {"a": jax.device_put(jax.random.normal(jax.random.key(n), (64, 128)), rows)}
+        for n in range(3)
+    )
+    run = jax.jit(lambda base, experts: merge(MERGES[name], base, experts))
+    text = run.lower(base, experts).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert ("all-reduce" in text) == (name == "ties")
+    assert run(base, experts)["a"].sharding.is_equivalent_to(rows, 2)
+    # the control: an order of the whole leaf gathers it
+    ranked = jax.jit(lambda x: jax.numpy.sort(x.reshape(-1)))
+    assert "all-gather" in ranked.lower(base["a"]).compile().as_text()
