@@ -1,13 +1,18 @@
 """Small random checkpoints of torch transformers, and mergekit run on them."""
 
+import json
 import logging
 import warnings
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import torch
 import transformers
 import yaml
 
+from collab_jax.io.safetensors import open_folder
+from collab_jax.merge import files, jobs
 from tests import small_tokenizers as small
 
 with warnings.catch_warnings():
@@ -20,6 +25,8 @@ transformers.utils.logging.disable_progress_bar()
 for name in ("mergekit", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
+MODELS = "models: [{model: NAME1}, {model: NAME2}]"
 COMMON = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 40}
 COMMON |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMON |= {"max_position_embeddings": 64, "pad_token_id": None}
@@ -76,3 +83,81 @@ def mergekit(text, out, **options):
         warnings.simplefilter("ignore")
         run_merge(document, str(out), given, config_source=text)
     return Path(out)
+
+
+def inputs(recipe):
+    """Tensor -> the largest magnitude of what its entries are made from."""
+    [stage] = recipe.stages
+    vocabulary = jobs.vocabulary_of(stage, recipe.sources)
+    found = {}
+    rows = vocabulary and vocabulary.rows
+    for job in jobs.jobs(stage, recipe.sources, rows):
+        base, experts = job.read()
+        arrays = [a.astype(np.float64) for a in (base, *experts) if a is not None]
+        found[job.name] = np.abs(arrays).max(0)
+    return found
+
+
+def check(text, out, sizes=None, **options):
+    """Our folder and mergekit's; their tensors are compared."""
+    recipe = files.prepare(text)
+    files.run(recipe, out / "ours")
+    mergekit(text, out / "theirs", **options)
+    sizes = inputs(recipe) if sizes is None else sizes
+    compare(out, sizes)
+    return out
+
+
+def compare(out, sizes):
+    ours, theirs = open_folder(out / "ours"), open_folder(out / "theirs")
+    assert set(ours.layouts) == set(theirs.layouts)
+    for name, layout in theirs.layouts.items():
+        assert ours.layouts[name] == layout, name
+        found, expected = (x.read(name).astype(np.float64) for x in (ours, theirs))
+        bar = 1e-6 * (np.abs(expected) + sizes.get(name, np.abs(expected).max()))
+        if layout.dtype == BF16:
+            last = 2.0 ** (np.frexp(np.where(expected == 0, 1e-30, expected))[1] - 8)
+            bar = np.maximum(bar, last)
+        gap = np.abs(found - expected)
+        assert (gap <= bar).all(), (name, gap.max(), found.shape)
+
+
+KEYS = ("architectures", "model_type", "vocab_size", "num_hidden_layers", "n_layer")
+KEYS += ("tie_word_embeddings", "hidden_size")
+
+
+def check_config(out):
+    ours, theirs = (
+        json.loads((out / name / "config.json").read_text())
+        for name in ("ours", "theirs")
+    )
+    for key in KEYS:
+        if key == "tie_word_embeddings":  # where a family's default is not written
+            continue
+        assert ours.get(key) == theirs.get(key), key
+    dtypes = [
+        config.get("dtype") or config.get("torch_dtype") for config in (ours, theirs)
+    ]
+    assert dtypes[0] == dtypes[1]
+
+
+def load(folder):
+    """torch's model, to the last tensor that of the folder."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], (kind, info[kind])
+    return model
+
+
+def check_loads(folder):
+    model = load(folder)
+    ids = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+        made_ids = model.generate(
+            ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+    assert made_ids.shape == (1, 7)
+    return model
