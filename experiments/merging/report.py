@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PLAIN = "uniform soup"
+PLAIN, SCALED = "uniform soup", "task arithmetic"
+MARGIN = 0.001  # of the share; what is nearer is no difference
 REFERENCES = ("base", "joint")
 
 
@@ -40,17 +41,23 @@ def summary(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict]:
         shares of the tasks, and the mean of the shares.
       tasks: their names.
     """
-    plain = {row["seed"]: row["share"] for row in rows if row["method"] == PLAIN}
+    plain = {
+        each: {row["seed"]: row["share"] for row in rows if row["method"] == each}
+        for each in (PLAIN, SCALED)
+    }
     found = []
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
         values = [row["share"] for row in own]
         seeds = list(dict.fromkeys(row["seed"] for row in own))
-        gaps = [
-            mean(row["share"] for row in own if row["seed"] == seed) - plain[seed]
-            for seed in seeds
-            if seed in plain
-        ]
+        gaps = {
+            each: [
+                mean(row["share"] for row in own if row["seed"] == seed) - known[seed]
+                for seed in seeds
+                if seed in known
+            ]
+            for each, known in plain.items()
+        }
         found.append(
             {
                 "method": name,
@@ -65,8 +72,12 @@ def summary(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict]:
                 "shares": {
                     task: mean(row["shares"][task] for row in own) for task in tasks
                 },
-                "above_soup": mean(gaps) if gaps else None,
-                "seeds_above_soup": sum(gap > 0 for gap in gaps),
+                # mean difference of the share, and with how many seeds it is above
+                "against": {
+                    each: {"mean": mean(gap), "above": sum(g > MARGIN for g in gap)}
+                    for each, gap in gaps.items()
+                    if gap
+                },
             }
         )
     return sorted(found, key=lambda each: -each["share"])
@@ -80,10 +91,10 @@ def show(report: dict[str, Any]) -> None:
     table.add_column("setting")
     for task in tasks:
         table.add_column(task, justify="right")
-    for column in ("share of gain", "spread", "models", "seeds above soup"):
+    for column in ("share of gain", "spread", "models", "> soup", "> arithmetic"):
         table.add_column(column, justify="right")
     for each in report["methods"]:
-        spread, above = each["spread"], each["above_soup"]
+        spread = each["spread"]
         table.add_row(
             each["method"],
             each["setting"],
@@ -91,20 +102,24 @@ def show(report: dict[str, Any]) -> None:
             f"{each['share']:.3f}",
             "" if spread is None else f"{spread:.3f}",
             str(each["models"]),
-            "" if above is None else f"{each['seeds_above_soup']}/{each['seeds']}",
+            *(
+                f"{each['against'][known]['above']}/{each['seeds']}"
+                if known in each["against"]
+                else ""
+                for known in (PLAIN, SCALED)
+            ),
         )
-    merged = [m for m in report["methods"] if m["method"] not in (*REFERENCES, PLAIN)]
-    merged = [m for m in merged if m["above_soup"] is not None]
-    merged = [m for m in merged if not m["method"].startswith("expert")]
     # a table that is read in a file is as wide as it has to be
     Console(width=None if Console().is_terminal else 150).print(table)
-    for said, wanted in (("above", True), ("not above", False)):
-        names = [
-            m["method"]
-            for m in merged
-            if (m["seeds_above_soup"] == m["seeds"]) == wanted
+    for known in (PLAIN, SCALED):
+        better = [
+            each["method"]
+            for each in report["methods"]
+            if each["against"].get(known, {"above": 0})["above"] == each["seeds"]
         ]
-        print(f"{said} the {PLAIN} with every seed: {', '.join(names) or 'none'}")
+        print(f"above the {known} with every seed: {', '.join(better) or 'none'}")
+    if report["missing"]:
+        print(f"not measured: {', '.join(report['missing'])}")
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
