@@ -96,7 +96,7 @@ def merge(
     recipe = files.prepare(config)
     plan = files.summary(recipe)
     targets = recipe.stages[-1].targets
-    found = {
+    found: dict[str, object] = {
         "tensors": len(targets),
         "bytes": sum(size_of(target.layout) for target in targets),
     }
