@@ -19,8 +19,9 @@ a run that was stopped goes on, and `--kept` reports what is there.
 Expected (November 2026, the part of the table that was measured; 1 seed of experts, 24
 steps of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens): the
 uniform soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS
-0.97 and TIES 0.97, no more than a scale explains; MetaGPT and VaRM 0.88, Karcher mean and
-greedy soup as the soup, Model Stock 0.04. Differences below 0.02 are within the noise.
+0.97 and TIES 0.97, no more than a scale explains; MetaGPT and VaRM 0.88, Karcher mean
+and greedy soup as the soup, Model Stock 0.04. Differences below 0.02 are within the
+noise.
 """
 
 import argparse
