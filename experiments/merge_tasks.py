@@ -12,16 +12,14 @@ https://github.com/openai/grade-school-math (grade_school_math/data) and
 true_false/*_true_false.csv of https://github.com/balevinstein/Probes (the statements of
 SAPLMA, arXiv 2304.13734). Without them, sums and reversed words are made here.
 Hardware: two CPU cores, 6 GiB; five minutes an expert, fifteen for a joint model, half
-a minute a merge where nothing else runs (`--smoke`: seconds, a random toy model, no
-files).
-Experts and measured losses are kept in the folder experiments/merge_tasks of the cache:
-a run that was stopped goes on, and `--kept` reports what is there.
-Expected (November 2026, the part of the table that was measured; 1 seed of experts, 24
-steps of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens): the
-uniform soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS
-0.97 and TIES 0.97, no more than a scale explains; MetaGPT and VaRM 0.88, Karcher mean
-and greedy soup as the soup, Model Stock 0.04. Differences below 0.02 are within the
-noise.
+a minute a merge and setting, or an hour and a half for two seeds where nothing else
+runs (`--smoke`: seconds, a random toy model, no files). Experts and measured losses are
+kept in the folder experiments/merge_tasks of the cache: a run that was stopped goes on,
+and `--kept` reports what is there.
+Expected (November 2026; so far 1 seed of experts, so no spread but over draws, 24 steps
+of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens): the uniform
+soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS 0.97, TIES
+0.97; MetaGPT and VaRM 0.88, Karcher mean and greedy soup as the soup, Model Stock 0.04.
 """
 
 import argparse
