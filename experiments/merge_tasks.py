@@ -16,10 +16,11 @@ a minute a merge and setting, or an hour and a half for two seeds where nothing 
 runs (`--smoke`: seconds, a random toy model, no files). Experts and measured losses are
 kept in the folder experiments/merge_tasks of the cache: a run that was stopped goes on,
 and `--kept` reports what is there.
-Expected (November 2026; so far 1 seed of experts, so no spread but over draws, 24 steps
-of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens): the uniform
-soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS 0.97, TIES
-0.97; MetaGPT and VaRM 0.88, Karcher mean and greedy soup as the soup, Model Stock 0.04.
+Expected: (November 2026; so far 1 seed of experts, so no spread but over draws, 24
+steps of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens) the
+uniform soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS
+0.97, TIES 0.97, ExPO and DARE 0.94, MetaGPT and VaRM 0.88, Karcher mean and greedy soup
+as the soup, Model Stock 0.04. The report names what is not measured yet.
 """
 
 import argparse
