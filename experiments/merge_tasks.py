@@ -11,11 +11,11 @@ Data: DIR or $COLLAB_JAX_DATA holds gsm8k/{train,test}.jsonl of
 https://github.com/openai/grade-school-math (grade_school_math/data) and
 true_false/*_true_false.csv of https://github.com/balevinstein/Probes (the statements of
 SAPLMA, arXiv 2304.13734). Without them, sums and reversed words are made here.
-Hardware: two CPU cores, 6 GiB; five minutes an expert, fifteen for a joint model, half
-a minute a merge and setting, or an hour and a half for two seeds where nothing else
-runs (`--smoke`: seconds, a random toy model, no files). Experts and measured losses are
-kept in the folder experiments/merge_tasks of the cache: a run that was stopped goes on,
-and `--kept` reports what is there.
+Hardware: two CPU cores, 6 GiB; an expert took 5 to 7 minutes on a busy machine, and a
+merge about a minute. Two seeds of everything are estimated at an hour and a half where
+nothing else runs (`--smoke`: seconds, a random toy model, no files). Experts and
+measured losses are kept in the folder experiments/merge_tasks of the cache: a run that
+was stopped goes on, and `--kept` reports what is there.
 Expected: (November 2026; so far 1 seed of experts, so no spread but over draws, 24
 steps of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens) the
 uniform soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS
