@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_tokenizers as small
+from command_line import run
 from jax.sharding import NamedSharding, PartitionSpec
 
 from collab_jax.io.safetensors import Layout, open_folder, write_folder
@@ -18,8 +20,6 @@ from collab_jax.merge.memory import merge
 from collab_jax.merge.mergekit import METHODS, part
 from collab_jax.merge.mergekit_table import TABLE
 from collab_jax.merge.stream import Job, stream
-from tests import small_tokenizers as small
-from tests.command_line import run
 
 KEY = jax.random.key(5)
 SHAPES = {"x.weight": (40, 16), "y.bias": (40,), "z.weight": (40, 16)}

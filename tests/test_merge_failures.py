@@ -14,12 +14,12 @@ import warnings
 import jax
 import numpy as np
 import pytest
+import small_tokenizers as small
+from command_line import run
 
 from collab_jax.io import writer
 from collab_jax.io.safetensors import Layout, open_folder, write_folder
 from collab_jax.merge import files, sources
-from tests import small_tokenizers as small
-from tests.command_line import run
 
 UP = "model.layers.1.mlp.up_proj.weight"
 LINEAR = """

@@ -1,10 +1,10 @@
 """Models that do not fit a configuration: messages name the place and the tensor."""
 
+import merge_models as small
 import pytest
+from merge_models import LINEAR, STACK, error, facts
 
 from collab_jax.merge.targets import ModelFacts
-from tests import merge_models as small
-from tests.merge_models import LINEAR, STACK, error, facts
 
 
 def renamed(old, new):

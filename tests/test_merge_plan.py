@@ -6,15 +6,15 @@ Parameters and sources are compared with mergekit's planner in tests/parity.
 import textwrap
 import time
 
+import merge_models as small
 import pytest
+from merge_models import LINEAR, STACK, error, facts, stages
 
 from collab_jax.io.safetensors import DTYPES, Layout
 from collab_jax.merge.config import read
 from collab_jax.merge.plan import plan
 from collab_jax.merge.stage import describe
 from collab_jax.merge.targets import ModelFacts
-from tests import merge_models as small
-from tests.merge_models import LINEAR, STACK, error, facts, stages
 
 
 def targets(text, **models):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import small_tokenizers as small
 import torch
 import transformers
 import yaml
 
 from collab_jax.io.safetensors import open_folder
 from collab_jax.merge import files, jobs
-from tests import small_tokenizers as small
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

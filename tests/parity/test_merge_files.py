@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-    from tests.parity import merge_checkpoints as made
+    from parity import merge_checkpoints as made
 
 
 FAMILIES = ("llama", "tied", "qwen2", "gemma2", "gpt2")

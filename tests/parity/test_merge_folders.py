@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_tokenizers as small
 
 import collab_jax
 from collab_jax import decode
 from collab_jax.io import hub
 from collab_jax.io.safetensors import Layout, open_folder, write_folder
 from collab_jax.merge import files
-from tests import small_tokenizers as small
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mergekit")
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from mergekit.merge_methods import api
     from mergekit.scripts import multimerge
 
-    from tests.parity import merge_checkpoints as made
+    from parity import merge_checkpoints as made
 
 FAMILIES = ("llama", "tied", "mixtral", "qwen3_moe")
 

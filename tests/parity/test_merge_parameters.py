@@ -10,13 +10,13 @@ import random
 import textwrap
 import warnings
 
+import merge_models as small
 import pytest
 
 from collab_jax.io.safetensors import open_folder
 from collab_jax.merge.config import read
 from collab_jax.merge.plan import plan
 from collab_jax.merge.targets import ModelFacts
-from tests import merge_models as small
 
 pytest.importorskip("mergekit")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit's imports
