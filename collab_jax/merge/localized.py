@@ -15,7 +15,7 @@ import numpy as np
 from collab_jax import tree
 from collab_jax.io import safetensors
 from collab_jax.io.layout import Layout
-from collab_jax.merge.memory import merge
+from collab_jax.merge.memory import check_alike, merge
 from collab_jax.merge.pieces import add
 from collab_jax.merge.stack import Part, Transform, chain, lift, total
 from collab_jax.merge.weigh import scale
@@ -281,15 +281,7 @@ def _localized(base, shared, masks, scales) -> Localized:
 
 def _columns(base, experts):
     """Each leaf of the base with those of the experts."""
-    if not experts:
-        raise ValueError("no expert was given, at least one is expected")
-    for n, expert in enumerate(experts):
-        if gap := tree.difference(base, expert):
-            path, wanted, found = gap
-            raise ValueError(
-                f"expert {n} has {found or 'nothing'} at {path}, the base has "
-                f"{wanted or 'nothing'}: equal trees are expected"
-            )
+    check_alike(base, experts)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(base)]
     rows = [jax.tree.leaves(expert) for expert in experts]
     return list(zip(leaves, zip(*rows, strict=True), strict=True))

@@ -57,10 +57,8 @@ def merge(
     [1.5, 3.0]
     """
     experts = list(experts)
-    if not experts:
-        raise ValueError("no expert was given, at least one is expected")
-    first = experts[0] if base is None else base
-    _check_alike(first, experts)
+    first = next(iter(experts), None) if base is None else base
+    check_alike(first, experts)
     names = tree.paths(first)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(first)]
     columns = [jax.tree.leaves(expert) for expert in experts]
@@ -134,8 +132,22 @@ def _weights(weights: Sequence[Any] | None, first: Any, count: int) -> list[list
     return rows
 
 
-def _check_alike(first: Any, experts: Sequence[Any]) -> None:
-    """Refuses trees whose paths or shapes differ."""
+def check_alike(first: Any, experts: Sequence[Any]) -> None:
+    """Refuses no experts, and trees whose paths or shapes differ.
+
+    Args:
+      first: the base, or the first expert where there is none.
+      experts: N trees.
+
+    Raises:
+      ValueError: naming the first path.
+
+    >>> check_alike({"a": 1.0}, [])
+    Traceback (most recent call last):
+    ValueError: no expert was given, at least one is expected
+    """
+    if not experts:
+        raise ValueError("no expert was given, at least one is expected")
     for n, expert in enumerate(experts):
         if gap := tree.difference(first, expert):
             path, wanted, found = gap
