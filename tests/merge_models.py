@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from collab_jax.io.safetensors import DTYPES, Layout, write
-from collab_jax.merge.config import read
-from collab_jax.merge.plan import plan
-from collab_jax.merge.targets import ModelFacts
+from collab_jax.merge.plan.config import read
+from collab_jax.merge.plan.resolve import plan
+from collab_jax.merge.plan.targets import ModelFacts
 
 F32, INT = DTYPES["F32"], DTYPES["I64"]
 WIDTH, ROWS = 4, 12

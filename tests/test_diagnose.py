@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from collab_jax.io.layout import Checkpoint, Layout
-from collab_jax.merge import diagnose
-from collab_jax.merge.compare import WIDEST, choose, compare, rank_work
-from collab_jax.merge.correspond import Matched, correspond
-from collab_jax.merge.tally import row
-from collab_jax.merge.verdict import verdict
+from collab_jax.merge.inspect import diagnose
+from collab_jax.merge.inspect.compare import WIDEST, choose, compare, rank_work
+from collab_jax.merge.inspect.correspond import Matched, correspond
+from collab_jax.merge.inspect.tally import row
+from collab_jax.merge.inspect.verdict import verdict
 
 TYPES = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 

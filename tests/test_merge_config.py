@@ -7,10 +7,10 @@ import textwrap
 import pytest
 import yaml
 
-from collab_jax.merge.config import read, references
 from collab_jax.merge.mergekit_table import TABLE
-from collab_jax.merge.parameters import evaluate
-from collab_jax.merge.reference import parse
+from collab_jax.merge.plan.config import read, references
+from collab_jax.merge.plan.parameters import evaluate
+from collab_jax.merge.plan.reference import parse
 
 FULL = """
 merge_method: ties

@@ -4,7 +4,7 @@ import merge_models as small
 import pytest
 from merge_models import LINEAR, STACK, error, facts
 
-from collab_jax.merge.targets import ModelFacts
+from collab_jax.merge.plan.targets import ModelFacts
 
 
 def renamed(old, new):

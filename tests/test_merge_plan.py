@@ -11,10 +11,10 @@ import pytest
 from merge_models import LINEAR, STACK, error, facts, stages
 
 from collab_jax.io.safetensors import DTYPES, Layout
-from collab_jax.merge.config import read
-from collab_jax.merge.plan import plan
-from collab_jax.merge.stage import describe
-from collab_jax.merge.targets import ModelFacts
+from collab_jax.merge.plan.config import read
+from collab_jax.merge.plan.resolve import plan
+from collab_jax.merge.plan.stage import describe
+from collab_jax.merge.plan.targets import ModelFacts
 
 
 def targets(text, **models):

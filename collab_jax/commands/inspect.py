@@ -120,8 +120,8 @@ def _report(names: list[str], given: bool, ranks: str, workers: int) -> "Report"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from collab_jax.commands.inspect_report import Report, labels
     from collab_jax.commands.progress import progress
-    from collab_jax.merge import compare, correspond, tally
-    from collab_jax.merge.reference import parse
+    from collab_jax.merge.inspect import compare, correspond, tally
+    from collab_jax.merge.plan.reference import parse
     from collab_jax.merge.sources import open_source
 
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collab_jax.merge import tally
+from collab_jax.merge.inspect import tally
 
 if TYPE_CHECKING:
     from collab_jax.commands.inspect_report import Report

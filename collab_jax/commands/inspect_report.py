@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from collab_jax.merge import tally
-from collab_jax.merge.compare import Bad, Compared
-from collab_jax.merge.diagnose import LARGE, TOP
-from collab_jax.merge.tally import Row, Site
-from collab_jax.merge.verdict import verdict
+from collab_jax.merge.inspect import tally
+from collab_jax.merge.inspect.compare import Bad, Compared
+from collab_jax.merge.inspect.diagnose import LARGE, TOP
+from collab_jax.merge.inspect.tally import Row, Site
+from collab_jax.merge.inspect.verdict import verdict
 
 _APART = 4  # experts with a column each
 

@@ -23,15 +23,16 @@ from collab_jax import __version__
 from collab_jax.io import writer
 from collab_jax.io.card import card
 from collab_jax.io.folder import Shape, describe
-from collab_jax.merge import jobs, stage
-from collab_jax.merge.config import read
-from collab_jax.merge.edits import edited
-from collab_jax.merge.plan import plan
-from collab_jax.merge.reference import Reference, show
+from collab_jax.merge import jobs
+from collab_jax.merge.plan import stage
+from collab_jax.merge.plan.config import read
+from collab_jax.merge.plan.edits import edited
+from collab_jax.merge.plan.reference import Reference, show
+from collab_jax.merge.plan.resolve import plan
+from collab_jax.merge.plan.stage import Stage
+from collab_jax.merge.plan.tokens import references
 from collab_jax.merge.sources import Source, open_folder, open_source, open_tokenizer
-from collab_jax.merge.stage import Stage
 from collab_jax.merge.stream import limit, passes, stream
-from collab_jax.merge.tokens import references
 
 SHARD = 5_000_000_000  # bytes
 RUNTIME = 1 << 30  # bytes of the interpreter, the compiler and its programs, at most

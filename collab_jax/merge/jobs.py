@@ -12,13 +12,13 @@ from collab_jax.io.rows import Rows, align
 from collab_jax.io.rows import check as check_rows
 from collab_jax.io.safetensors import DTYPES
 from collab_jax.merge.mergekit import METHODS
-from collab_jax.merge.reference import Reference, show
+from collab_jax.merge.plan.reference import Reference, show
+from collab_jax.merge.plan.stage import Stage
+from collab_jax.merge.plan.targets import COPY, Target, Tensor
+from collab_jax.merge.plan.tokens import Row, Tokenizer, references
 from collab_jax.merge.sources import Source
 from collab_jax.merge.stack import Transform, lift, scheduled
-from collab_jax.merge.stage import Stage
 from collab_jax.merge.stream import Arrays, Job
-from collab_jax.merge.targets import COPY, Target, Tensor
-from collab_jax.merge.tokens import Row, Tokenizer, references
 
 _TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
@@ -26,7 +26,7 @@ _TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 def keys(stage: Stage) -> list[str]:
     """The models of a stage in the order of the document, those for tokens last.
 
-    >>> from collab_jax.merge.stage import Stage
+    >>> from collab_jax.merge.plan.stage import Stage
     >>> fields = dict.fromkeys(Stage._fields) | {"models": {"a": None, "b": None}}
     >>> keys(Stage(**fields))
     ['a', 'b']
@@ -46,7 +46,7 @@ def jobs(stage: Stage, sources: Mapping[str, Source], rows: Rows | None) -> list
     Raises:
       ValueError: for knobs that a method cannot work with, naming the tensor.
 
-    >>> from collab_jax.merge.stage import Stage
+    >>> from collab_jax.merge.plan.stage import Stage
     >>> fields = dict.fromkeys(Stage._fields) | {"targets": ()}
     >>> jobs(Stage(**fields), {}, None)
     []
@@ -185,7 +185,7 @@ def check(stage: Stage, sources: Mapping[str, Source], rows: Rows | None) -> Non
     Raises:
       ValueError: naming the model.
 
-    >>> from collab_jax.merge.stage import Stage
+    >>> from collab_jax.merge.plan.stage import Stage
     >>> check(Stage(**dict.fromkeys(Stage._fields)), {}, None)
     """
     if rows is None:
@@ -214,7 +214,7 @@ def vocabulary_of(stage: Stage, sources: Mapping[str, Source]) -> Any:
       FileNotFoundError: for a model without a tokenizer.
       ValueError: for a token that is not there.
 
-    >>> from collab_jax.merge.stage import Stage
+    >>> from collab_jax.merge.plan.stage import Stage
     >>> vocabulary_of(Stage(**dict.fromkeys(Stage._fields)), {})
     """
     if stage.tokenizer is None:

@@ -10,8 +10,8 @@ from collab_jax.io.delta import with_lora
 from collab_jax.io.hub import fetch
 from collab_jax.io.layout import Checkpoint, missing
 from collab_jax.io.weights import open_weights
-from collab_jax.merge.reference import Place, Reference
-from collab_jax.merge.targets import ModelFacts
+from collab_jax.merge.plan.reference import Place, Reference
+from collab_jax.merge.plan.targets import ModelFacts
 
 
 class Source(NamedTuple):

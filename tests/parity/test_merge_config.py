@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 
-from collab_jax.merge.config import read
-from collab_jax.merge.layout import before_layers, tied_to, vocabulary_axis
 from collab_jax.merge.mergekit_table import REQUIRED, TABLE
-from collab_jax.merge.reference import parse, show
+from collab_jax.merge.plan.config import read
+from collab_jax.merge.plan.layout import before_layers, tied_to, vocabulary_axis
+from collab_jax.merge.plan.reference import parse, show
 
 pytest.importorskip("mergekit")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit's imports

@@ -14,9 +14,9 @@ import merge_models as small
 import pytest
 
 from collab_jax.io.safetensors import open_folder
-from collab_jax.merge.config import read
-from collab_jax.merge.plan import plan
-from collab_jax.merge.targets import ModelFacts
+from collab_jax.merge.plan.config import read
+from collab_jax.merge.plan.resolve import plan
+from collab_jax.merge.plan.targets import ModelFacts
 
 pytest.importorskip("mergekit")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit's imports

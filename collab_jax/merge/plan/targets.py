@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from collab_jax.io.safetensors import DTYPES, Layout
-from collab_jax.merge import layout
-from collab_jax.merge.group import Source
-from collab_jax.merge.layout import Structure
 from collab_jax.merge.mergekit_table import TABLE, Spec
-from collab_jax.merge.parameters import Setting, resolve
-from collab_jax.merge.reference import Reference
+from collab_jax.merge.plan import layout
+from collab_jax.merge.plan.group import Source
+from collab_jax.merge.plan.layout import Structure
+from collab_jax.merge.plan.parameters import Setting, resolve
+from collab_jax.merge.plan.reference import Reference
 
 COPY = "copy"  # in place of a method: a buffer, equal in all sources
 _TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
@@ -94,7 +94,7 @@ def group(
       out_dtype: of the result; None: as the method gives it.
       aligned: whether a vocabulary step makes unequal numbers of rows equal.
 
-    >>> from collab_jax.merge.reference import parse
+    >>> from collab_jax.merge.plan.reference import parse
     >>> a = parse("a")
     >>> model = Model("a", ModelFacts({}, {}), {}, Structure({}, []))
     >>> source = Source(a, None, {}, "models[0]")
@@ -144,7 +144,7 @@ def target(group: Group, name: str, inputs: Sequence[str], t: float) -> Target |
       ValueError: where a source lacks the tensor, shapes differ, or a parameter has no
         value.
 
-    >>> from collab_jax.merge.reference import parse
+    >>> from collab_jax.merge.plan.reference import parse
     >>> a, f32 = parse("a"), Layout(DTYPES["F32"], (2,))
     >>> facts = ModelFacts({"n": f32}, {})
     >>> model = Model("a", facts, {"n": "n"}, Structure({}, ["n"]))

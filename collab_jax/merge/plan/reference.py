@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from collab_jax.merge import fields
+from collab_jax.merge.plan import fields
 
 
 class Place(NamedTuple):

@@ -10,9 +10,9 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from collab_jax.io.safetensors import Layout
-from collab_jax.merge.reference import Reference, show
-from collab_jax.merge.targets import Target
-from collab_jax.merge.tokens import Tokenizer
+from collab_jax.merge.plan.reference import Reference, show
+from collab_jax.merge.plan.targets import Target
+from collab_jax.merge.plan.tokens import Tokenizer
 
 
 class Stage(NamedTuple):
@@ -41,7 +41,7 @@ def describe(stage: Stage) -> str:
     Args:
       stage: of `plan`.
 
-    >>> from collab_jax.merge.reference import Place
+    >>> from collab_jax.merge.plan.reference import Place
     >>> models = {"a": Reference(Place("a"))}
     >>> stage = Stage(None, "linear", (), models, {}, None, "a", None, "bfloat16", None,
     ...     None, {}, {}, ("nothing to do",))

@@ -8,7 +8,7 @@ what no other module holds.
 import re
 from collections.abc import Iterable
 
-from collab_jax.merge import fields
+from collab_jax.merge.plan import fields
 
 # mergekit's names, the more special first
 _NAMES = {

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from collab_jax.merge import fields
-from collab_jax.merge.reference import Reference, parse
+from collab_jax.merge.plan import fields
+from collab_jax.merge.plan.reference import Reference, parse
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # known by name
 

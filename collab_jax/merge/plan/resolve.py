@@ -10,14 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from collab_jax.merge import layout, modules, tokens
-from collab_jax.merge.config import Document, place_of, references
-from collab_jax.merge.edits import edited, edits
-from collab_jax.merge.group import Module
-from collab_jax.merge.reference import Reference, show
-from collab_jax.merge.sections import Section, sliced, whole
-from collab_jax.merge.stage import Stage
-from collab_jax.merge.targets import Group, Model, ModelFacts, Target, group
+from collab_jax.merge.plan import layout, modules, tokens
+from collab_jax.merge.plan.config import Document, place_of, references
+from collab_jax.merge.plan.edits import edited, edits
+from collab_jax.merge.plan.group import Module
+from collab_jax.merge.plan.reference import Reference, show
+from collab_jax.merge.plan.sections import Section, sliced, whole
+from collab_jax.merge.plan.stage import Stage
+from collab_jax.merge.plan.targets import Group, Model, ModelFacts, Target, group
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # methods for which it is the same whether tensors are joined or apart
@@ -44,7 +44,7 @@ def plan(
 
     >>> import numpy as np
     >>> from collab_jax.io.safetensors import Layout
-    >>> from collab_jax.merge.config import read
+    >>> from collab_jax.merge.plan.config import read
     >>> merge = read('''
     ... merge_method: slerp
     ... base_model: a

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from collab_jax.merge import layout
-from collab_jax.merge.targets import Group, Model, Target, target
+from collab_jax.merge.plan import layout
+from collab_jax.merge.plan.targets import Group, Model, Target, target
 
 
 class Section(NamedTuple):
@@ -26,8 +26,8 @@ def whole(group: Group) -> Section:
     Raises:
       ValueError: where the sources differ in their tensors or their shapes.
 
-    >>> from collab_jax.merge.layout import Structure
-    >>> from collab_jax.merge.targets import ModelFacts
+    >>> from collab_jax.merge.plan.layout import Structure
+    >>> from collab_jax.merge.plan.targets import ModelFacts
     >>> model = Model("a", ModelFacts({}, {}), {}, Structure({}, []))
     >>> whole(Group((model,), ("models[0]",), None, "karcher", {}, ({},))).targets
     ()
@@ -83,8 +83,8 @@ def sliced(
       ValueError: where layers are asked for that are not there, or sources differ in
         their tensors.
 
-    >>> from collab_jax.merge.layout import Structure
-    >>> from collab_jax.merge.targets import ModelFacts
+    >>> from collab_jax.merge.plan.layout import Structure
+    >>> from collab_jax.merge.plan.targets import ModelFacts
     >>> model = Model("a", ModelFacts({}, {}), {}, Structure({"h": [[], []]}, []))
     >>> group = Group((model,), ("sources[0]",), None, "passthrough", {}, ({},))
     >>> sliced([group, group], [[(0, 2)], [(1, 2)]], "slices").layers

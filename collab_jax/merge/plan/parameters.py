@@ -14,8 +14,8 @@ Three things are as in mergekit 0.1.5, and easily surprise:
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from collab_jax.merge import fields
 from collab_jax.merge.mergekit_table import REQUIRED, Parameter
+from collab_jax.merge.plan import fields
 
 _READ: dict[str, Callable[[Any, str], Any]] = {
     "float": fields.number,

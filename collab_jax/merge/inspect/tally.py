@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from collab_jax.merge import diagnose, layout
-from collab_jax.merge.compare import Compared
-from collab_jax.merge.correspond import Matched
-from collab_jax.merge.diagnose import Statistics
+from collab_jax.merge.inspect import diagnose
+from collab_jax.merge.inspect.compare import Compared
+from collab_jax.merge.inspect.correspond import Matched
+from collab_jax.merge.inspect.diagnose import Statistics
+from collab_jax.merge.plan import layout
 
 
 class Site(NamedTuple):
@@ -71,7 +72,7 @@ def sites(names: Iterable[str]) -> dict[str, Site]:
 def matrices(
     matched: Iterable[Matched], where: dict[str, Site]
 ) -> dict[str, list[Matched]]:
-    """Matrices by part, for `collab_jax.merge.compare.choose`.
+    """Matrices by part, for `collab_jax.merge.inspect.compare.choose`.
 
     >>> one = Matched("h.0.up.weight", (), (2, 2), False)
     >>> matrices([one], sites(["h.0.up.weight"])).keys()
@@ -125,7 +126,7 @@ def rows(
     """Tensors together that have the same key, in the order in which keys appear.
 
     Args:
-      compared: of `collab_jax.merge.compare`.
+      compared: of `collab_jax.merge.inspect.compare`.
       key: from a tensor to the name of its row.
 
     >>> found = diagnose.sums(np.ones(2), [np.float64([1, 2])], [0])
@@ -146,7 +147,7 @@ def by_part(
     """A row for the embeddings, for every layer, and for the head.
 
     Args:
-      compared: of `collab_jax.merge.compare`.
+      compared: of `collab_jax.merge.inspect.compare`.
       where: of `sites`.
       most: rows at most: neighbouring layers are put together where there are more.
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from collab_jax.merge.mergekit_table import Spec
-from collab_jax.merge.parameters import Setting
-from collab_jax.merge.reference import Reference, show
+from collab_jax.merge.plan.parameters import Setting
+from collab_jax.merge.plan.reference import Reference, show
 
 
 class Source(NamedTuple):
@@ -56,7 +56,7 @@ def check(
         the sources; for too few or too many sources, or layers.
 
     >>> from collab_jax.merge.mergekit_table import TABLE
-    >>> from collab_jax.merge.reference import parse
+    >>> from collab_jax.merge.plan.reference import parse
     >>> a, b = (Source(parse(x), None, {}, f"models[{i}]") for i, x in enumerate("ab"))
     >>> check("ties", TABLE["ties"], [a, b], a.model, "models")
     >>> check("ties", TABLE["ties"], [a, b], None, "models")

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from collab_jax.io.layout import Checkpoint
-from collab_jax.merge import diagnose
-from collab_jax.merge.correspond import Matched
-from collab_jax.merge.diagnose import Rank, Sums
+from collab_jax.merge.inspect import diagnose
+from collab_jax.merge.inspect.correspond import Matched
+from collab_jax.merge.inspect.diagnose import Rank, Sums
 from collab_jax.merge.stream import Budget
 
 WIDEST = 4096  # columns and rows, whichever are fewer, of a matrix whose rank is told
@@ -53,7 +53,7 @@ def compare(
 
     Args:
       checkpoints: the base, then N experts.
-      matched: tensors, of `collab_jax.merge.correspond`.
+      matched: tensors, of `collab_jax.merge.inspect.correspond`.
       ranks: names of matrices whose effective rank is wanted, see `choose`.
       workers: threads; each holds one tensor of all models.
       advance: called after every tensor.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from collab_jax.io.layout import Checkpoint, Layout
-from collab_jax.merge import layout
+from collab_jax.merge.plan import layout
 
 
 class Matched(NamedTuple):

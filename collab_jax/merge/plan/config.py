@@ -12,12 +12,12 @@ on later:
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from collab_jax.merge import dependencies, document, fields, tokens
-from collab_jax.merge.group import Module, Slice, Source, check
 from collab_jax.merge.mergekit_table import TABLE, Spec
-from collab_jax.merge.parameters import Setting, setting
-from collab_jax.merge.reference import Reference, parse
-from collab_jax.merge.tokens import Tokenizer, chat_template, tokenizer
+from collab_jax.merge.plan import dependencies, document, fields, tokens
+from collab_jax.merge.plan.group import Module, Slice, Source, check
+from collab_jax.merge.plan.parameters import Setting, setting
+from collab_jax.merge.plan.reference import Reference, parse
+from collab_jax.merge.plan.tokens import Tokenizer, chat_template, tokenizer
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 

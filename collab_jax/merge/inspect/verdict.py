@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from collab_jax.merge.compare import Bad
-from collab_jax.merge.diagnose import LARGE, TOP
-from collab_jax.merge.tally import Row, between
+from collab_jax.merge.inspect.compare import Bad
+from collab_jax.merge.inspect.diagnose import LARGE, TOP
+from collab_jax.merge.inspect.tally import Row, between
 
 FAR = 0.5  # |delta| / |base| above which a model is hardly a fine-tune of the base
 ORTHOGONAL, ALIKE = 0.1, 0.5  # |cosine|
@@ -35,12 +35,12 @@ def verdict(
       names: of the N experts.
       base: what the deltas are taken from.
       bad: numbers that are not finite; model 0 is the base.
-      findings: of `collab_jax.merge.correspond` and `collab_jax.io.compatible`.
+      findings: of `collab_jax.merge.inspect.correspond` and `collab_jax.io.compatible`.
 
     >>> import numpy as np
-    >>> from collab_jax.merge import diagnose
-    >>> from collab_jax.merge.compare import Compared
-    >>> from collab_jax.merge.tally import row
+    >>> from collab_jax.merge.inspect import diagnose
+    >>> from collab_jax.merge.inspect.compare import Compared
+    >>> from collab_jax.merge.inspect.tally import row
     >>> a = np.ones(100)
     >>> found = Compared("a", (100,), diagnose.sums(a, [a], [0]), None, (), (True,))
     >>> verdict(row("all", [found]), ["B"], "A")
