@@ -1,0 +1,1 @@
+"""Models that cooperate: one speeds up, teaches or corrects another."""
