@@ -1,12 +1,12 @@
 """A GGUF file as a folder in the layout of Hugging Face."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from collab_jax.io import gguf_names, names, safetensors, tokenizer
 from collab_jax.io.gguf import Gguf
+from collab_jax.io.json_file import write_json
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.models.config import Config, from_hf
 
@@ -126,15 +126,3 @@ def architectures(raw: dict) -> dict:
         "gpt2": "GPT2LMHeadModel",
     }
     return {"architectures": [classes[raw["model_type"]]], **raw}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes one JSON file, indented.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "a.json"
-    >>> write_json(path, {"layers": 2})
-    >>> json.loads(path.read_text())
-    {'layers': 2}
-    """
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from collab_jax.io.convert import write_json
 from collab_jax.io.described import Change, result_config, result_generation
+from collab_jax.io.json_file import write_json
 from collab_jax.io.templates import choose_template, read_template
 
 if TYPE_CHECKING:

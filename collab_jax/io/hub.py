@@ -1,6 +1,8 @@
 """Where a model comes from: a folder, a GGUF file, a short name, the Hugging Face Hub.
 
-Whatever the source, the result is a folder in the layout of Hugging Face.
+Whatever the source, the result is a folder in the layout of Hugging Face. What reads
+GGUF or the Hub is imported when it is needed: a merge of folders starts in a second,
+and they would take a third of it.
 """
 
 import difflib
@@ -14,11 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from collab_jax.io import gguf, wheels
-from collab_jax.io.convert import describe
+from collab_jax.io import wheels
 from collab_jax.io.wheels import MODELS
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -112,6 +111,9 @@ def _from_wheels(name: str) -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
+    from collab_jax.io import gguf
+    from collab_jax.io.convert import describe
+
     path = path.resolve()
     facts = (str(path), path.stat().st_size, path.stat().st_mtime_ns, 1)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
@@ -125,6 +127,9 @@ def _from_gguf(path: Path) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     def download(wanted: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from collab_jax import lm as lms
 from collab_jax.io import canonical, convert, gguf, names, safetensors
 from collab_jax.io.hub import fetch
+from collab_jax.io.json_file import write_json
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.io.tokenizer import load_tokenizer
 from collab_jax.models.config import Config, from_hf, to_hf
@@ -102,8 +103,8 @@ def read_config(folder: Path) -> Config:
     >>> raw = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1,
     ...     "n_head": 2, "n_positions": 16, "eos_token_id": 7}
     >>> folder = Path(tempfile.mkdtemp())
-    >>> convert.write_json(folder / "config.json", raw)
-    >>> convert.write_json(folder / "generation_config.json", {"eos_token_id": [7, 5]})
+    >>> write_json(folder / "config.json", raw)
+    >>> write_json(folder / "generation_config.json", {"eos_token_id": [7, 5]})
     >>> read_config(folder).eos
     (7, 5)
     """
@@ -255,12 +256,10 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         embedding = next(iter(layouts.values())).dtype
-        convert.write_json(
+        write_json(
             partial / "config.json", to_hf(model.config) | {"dtype": embedding.name}
         )
-        convert.write_json(
-            partial / "generation_config.json", _generation(model.config)
-        )
+        write_json(partial / "generation_config.json", _generation(model.config))
         model.tokenizer.save_pretrained(partial)
         safetensors.write_folder(partial, layouts, _tensors(model), max_shard_size)
         partial.chmod(0o755)

@@ -5,9 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 # Written from the formats that the models' makers describe. Those that mergekit 0.1.5
 # writes for alpaca, exaone and llama3 have further spaces and line ends, which the
 # models have not seen in training.
@@ -139,6 +136,9 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> str | None:
             f"chat_template {wanted!r} is neither auto, {', '.join(TEMPLATES)} nor a "
             "template in Jinja"
         )
+    from jinja2 import TemplateSyntaxError  # slow to import, seldom needed
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     try:
         extensions = ["jinja2.ext.loopcontrols"]  # as transformers renders it
         ImmutableSandboxedEnvironment(extensions=extensions).parse(

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from collab_jax.io import convert, gguf
-
 _BLOCK = 1 << 20  # bytes
 
 
@@ -158,6 +156,8 @@ def pull(name: str, folder: Path) -> None:
             if source.sha256:
                 _verify(whole, source.sha256)
             progress.update(task, description="converting")
+            from collab_jax.io import convert, gguf  # slow to import
+
             convert.to_safetensors(gguf.open_file(whole), folder)
     for file in files:
         file.unlink()
