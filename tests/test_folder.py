@@ -336,10 +336,10 @@ def test_failures_come_before_files(folders, tmp_path):
     empty.mkdir()
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         describe(out, {"m": empty}, "m", Shape(), RECIPE, "")
     (empty / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is not JSON"):
         describe(out, {"m": empty}, "m", Shape(), RECIPE, "")
     with pytest.raises(ValueError, match="chat_template"):
         describe(out, folders, "a", Shape(), RECIPE, "", chat_template="nil")

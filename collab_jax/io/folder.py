@@ -4,14 +4,13 @@ config.json, generation_config.json, the tokenizer, the chat template, what else
 needed to load the model, the recipe and the model card.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collab_jax.io.described import Change, result_config, result_generation
-from collab_jax.io.json_file import write_json
+from collab_jax.io.json_file import read_json, write_json
 from collab_jax.io.templates import choose_template, read_template
 
 if TYPE_CHECKING:
@@ -98,16 +97,14 @@ def describe(
     >>> write_json(base / "config.json", {"vocab_size": 4, "dtype": "float32"})
     >>> describe(out, {"m": base}, "m", Shape(dtype="bfloat16"), "a: 1", "# m")
     ['m holds no tokenizer, the result neither']
-    >>> json.loads((out / "config.json").read_text("utf-8"))
+    >>> read_json(out / "config.json")
     {'vocab_size': 4, 'dtype': 'bfloat16'}
     """
     out, source = Path(out), Path(folders[donor])
     template = None
     if chat_template is not None:
         template = choose_template(chat_template, [Path(f) for f in folders.values()])
-    config = _read(source / "config.json")
-    if config is None:
-        raise FileNotFoundError(f"{source} holds no config.json")
+    config = read_json(source / "config.json")
     change = _change(shape, folders, donor, vocabulary)
     made, notes = result_config(config, change)
     write_json(out / "config.json", made)
@@ -141,15 +138,8 @@ def describe(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no mapping; fetch it again")
-    return found
+    """A file that need not be there."""
+    return read_json(path) if path.is_file() else None
 
 
 def _change(

@@ -81,6 +81,34 @@ def sharded(index: Path, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint
     )
 
 
+def single_or_sharded(
+    folder: Path, name: str, open_file: Callable[[Path], Checkpoint], hint: str = ""
+) -> Checkpoint:
+    """The tensors of a model's folder: one file, or the shards of its index.
+
+    Args:
+      folder: in the layout of Hugging Face.
+      name: of the single file; the index has `.index.json` behind it.
+      open_file: opens it, or a shard.
+      hint: ends the error where neither is there.
+
+    Raises:
+      FileNotFoundError: where neither is there, or a shard is missing.
+      ValueError: see `sharded`.
+
+    >>> import tempfile
+    >>> single_or_sharded(Path(tempfile.mkdtemp()), "a.bin", lambda path: None)
+    Traceback (most recent call last):
+    FileNotFoundError: ... holds no a.bin and no a.bin.index.json
+    """
+    index = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return open_file(folder / name)
+    if index.exists():
+        return sharded(index, open_file)
+    raise FileNotFoundError(f"{folder} holds no {name} and no {index.name}{hint}")
+
+
 def split(layouts: dict[str, Layout], max_size: int) -> Sequence[list[str]]:
     """Names in order, cut where the next tensor would not fit into the shard.
 

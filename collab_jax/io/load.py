@@ -1,7 +1,6 @@
 """Loads a model with everything that belongs to it, and saves it again."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from jax.sharding import Sharding
 from collab_jax import lm as lms
 from collab_jax.io import canonical, convert, gguf, names, safetensors
 from collab_jax.io.hub import fetch
-from collab_jax.io.json_file import write_json
+from collab_jax.io.json_file import read_json, write_json
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.io.tokenizer import load_tokenizer
 from collab_jax.models.config import Config, from_hf, to_hf
@@ -108,24 +107,13 @@ def read_config(folder: Path) -> Config:
     >>> read_config(folder).eos
     (7, 5)
     """
-    config = from_hf(_read_json(folder / "config.json"))
+    config = from_hf(read_json(folder / "config.json"))
     if (folder / "generation_config.json").exists():
-        more = _read_json(folder / "generation_config.json").get("eos_token_id")
+        more = read_json(folder / "generation_config.json").get("eos_token_id")
         more = more if isinstance(more, list) else [] if more is None else [more]
         ends = dict.fromkeys((*config.eos, *more))
         config = dataclasses.replace(config, eos=tuple(ends))
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: a folder in the Hugging Face layout was expected"
-        )
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
 
 
 def _checkpoint(folder: Path, config: Config) -> Checkpoint:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from collab_jax.io.layout import Checkpoint, Layout, missing, sharded
+from collab_jax.io.layout import Checkpoint, Layout, missing, single_or_sharded
 from collab_jax.io.region import region
 from collab_jax.io.unpickle import Storage, Tensor, load, span
 
@@ -83,13 +83,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
     FileNotFoundError: ... holds no pytorch_model.bin and no
     pytorch_model.bin.index.json
     """
-    single = Path(folder) / "pytorch_model.bin"
-    index = Path(folder) / "pytorch_model.bin.index.json"
-    if single.exists():
-        return open_file(single)
-    if index.exists():
-        return sharded(index, open_file)
-    raise FileNotFoundError(f"{folder} holds no {single.name} and no {index.name}")
+    return single_or_sharded(Path(folder), "pytorch_model.bin", open_file)
 
 
 def _zip(path: Path) -> tuple[Any, dict[str, int]]:

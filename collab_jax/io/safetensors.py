@@ -22,7 +22,7 @@ from collab_jax.io.layout import (
     by_file,
     index_of,
     missing,
-    sharded,
+    single_or_sharded,
     size_of,
 )
 from collab_jax.io.region import region
@@ -93,20 +93,9 @@ def open_folder(folder: str | Path) -> Checkpoint:
     ['x', 'y']
     """
     folder = Path(folder)
-    single = folder / "model.safetensors"
-    listing = folder / "model.safetensors.index.json"
-    if single.exists():
-        return open_file(single)
-    if not listing.exists():
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        found = (
-            f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
-        )
-        raise FileNotFoundError(
-            f"{folder} holds no model.safetensors and no model.safetensors.index.json"
-            + found
-        )
-    return sharded(listing, open_file)
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"; it holds {', '.join(others[:3])}, convert that first" if others else ""
+    return single_or_sharded(folder, "model.safetensors", open_file, hint)
 
 
 def _checkpoint(entries: dict[str, _Entry]) -> Checkpoint:

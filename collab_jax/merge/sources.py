@@ -1,6 +1,5 @@
 """The models that a configuration names, opened: where they lie, what they hold."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from collab_jax.io.delta import with_lora
 from collab_jax.io.hub import fetch
+from collab_jax.io.json_file import read_json
 from collab_jax.io.layout import Checkpoint, missing
 from collab_jax.io.weights import open_weights
 from collab_jax.merge.plan.reference import Place, Reference
@@ -65,13 +65,9 @@ def open_folder(folder: Path, checkpoint: Checkpoint | None = None) -> Source:
     >>> open_folder(folder).config
     {'vocab_size': 1}
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a folder in the Hugging Face layout was expected"
-        )
+    config = read_json(folder / "config.json")
     opened = open_weights(folder) if checkpoint is None else checkpoint
-    return Source(folder, opened, _config(path))
+    return Source(folder, opened, config)
 
 
 def open_tokenizer(reference: Reference, root: Path = Path()) -> Source:
@@ -91,18 +87,8 @@ def open_tokenizer(reference: Reference, root: Path = Path()) -> Source:
     """
     folder = _folder(reference.model, root)
     path = folder / "config.json"
-    config = _config(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     return Source(folder, Checkpoint({}, _nothing), config)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no mapping; fetch it again")
-    return config
 
 
 def _nothing(name: str) -> np.ndarray:
