@@ -134,13 +134,15 @@ def test_names_that_are_nothing(tmp_path):
 
 
 def test_the_hub_is_asked_for_repositories(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: tmp_path / name)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: tmp_path / name
+    )
     assert hub.fetch("org/name") == tmp_path / "org/name"
 
     def offline(name, **_):
         raise OSError("no route to host\nmore")
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         FileNotFoundError, match=r"no folder here, .* no route"
     ) as error:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from collab_jax.merge import magnitude, pieces
-from collab_jax.merge.pieces import add
 
 COUNT = 600
 CASES = {
@@ -49,7 +48,7 @@ def test_counting_bits_finds_the_same_threshold(case):
     """What accelerators run, here on CPU."""
     values = magnitude.pattern(jnp.float32(CASES[case]))
     by_bits = jax.jit(magnitude._by_bits)
-    by_digits = jax.jit(lambda v, k: magnitude._by_digits([v], [k])[0])
+    by_digits = jax.jit(magnitude._by_digits)
     for k in KS:
         one, two = by_bits(values, jnp.int32(k)), by_digits(values, jnp.int32(k))
         assert int(one.least) == int(two.least)
@@ -72,20 +71,26 @@ def in_pieces(xs, ks, ties, size):
     """Runs `largest` as the streaming driver does, without its programs."""
     count, known = len(xs[0]), ()
     while True:
-        total, wanted, masks = None, None, []
-        for number, start in enumerate(range(0, count, size)):
+        columns, wanted, masks = [], None, []
+        for start in range(0, count, size):
             try:
-                with pieces.piecewise(known, pieces.Place(start, number)):
+                with pieces.piecewise(known, pieces.Place(start)):
                     own = [x[start : start + size] for x in xs]
                     own = [jnp.pad(x, (0, size - len(x))) for x in own]
                     masks.append(magnitude.largest(own, ks, ties))
             except pieces.Wanted as asked:
-                wanted, total = asked, add(total, asked.summary)
+                wanted = asked
+                columns.append([np.asarray(x)[: count - start] for x in asked.summary])
         if wanted is None:
             joined = (np.concatenate(column) for column in zip(*masks, strict=True))
             return [mask[:count] for mask in joined]
+        assert wanted.whole
         operands = jax.tree.map(np.asarray, wanted.operands)
-        known = (*known, wanted.settle(total, *operands))
+        found = [
+            wanted.settle(column, n, (count,), *operands)
+            for n, column in enumerate(zip(*columns, strict=True))
+        ]
+        known = (*known, found)
 
 
 @pytest.mark.parametrize("ties", ["all", "first"])

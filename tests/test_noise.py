@@ -91,7 +91,7 @@ def test_any_part_of_a_leaf_draws_what_the_whole_draws():
     whole = np.asarray(noise.bits(key, (24, 32)))
     flat = whole.reshape(-1)
     for start, size in ((0, 100), (100, 300), (400, 368)):
-        with pieces.piecewise((), pieces.Place(start, 0)):
+        with pieces.piecewise((), pieces.Place(start)):
             part = noise.bits(key, (size,))
         np.testing.assert_array_equal(part, flat[start : start + size])
     spec = NamedSharding(mesh.make_mesh(model=8), PartitionSpec("model"))

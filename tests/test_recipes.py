@@ -287,8 +287,9 @@ FLAT = {
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_flat_recipes_run_in_pieces(name):
+def test_flat_recipes_run_in_pieces(name, monkeypatch):
     """What streams a leaf through memory gives what the whole leaf gives."""
+    monkeypatch.setattr(split, "SIZES", (1 << 10, 1 << 8))
     part = FLAT[name]
     assert part.flat
     rng = np.random.default_rng(0)

@@ -1,9 +1,11 @@
 """The k-th largest magnitude, exactly and without sorting.
 
-Magnitudes are compared as unsigned integers of the same order, their bit patterns. On
-CPUs a histogram of the upper digit finds the bin of the k-th largest, one of the next
-digit inside that bin goes on; elsewhere, where scattered additions are slow, the
-threshold is built bit by bit from counts. Both are exact, so all devices agree.
+Magnitudes are compared as unsigned integers of the same order, their bit patterns.
+Where a driver has the whole leaf on the host, NumPy selects, eight times faster than
+XLA counts. Inside a program on CPUs a histogram of the upper digit finds the bin of the
+k-th largest, one of the next digit inside that bin goes on; elsewhere, where scattered
+additions are slow, the threshold is built bit by bit from counts. All are exact, so all
+drivers and devices agree.
 """
 
 from collections.abc import Sequence
@@ -83,7 +85,7 @@ def at_rank(counts, rank):
     >>> [int(x) for x in at_rank(jnp.array([5, 2, 1]), 2)]
     [1, 1]
     """
-    if isinstance(counts, np.ndarray):
+    if isinstance(counts, np.ndarray):  # of a survey
         above = np.cumsum(counts[::-1])[::-1]  # that lie in it or higher
         found = ((above >= rank).sum() - 1).clip(0)
         return found, rank - (above[found] - counts[found])
@@ -106,7 +108,8 @@ class Cut(NamedTuple):
     """Where the k largest of a leaf end."""
 
     least: Any  # [] unsigned, the pattern of the k-th largest
-    tied: Any  # [] how many entries with this pattern are among the k, or None: all
+    tied: Any  # [] how many entries with this pattern are among the k; in pieces None
+    last: Any = None  # [] uint32, in pieces: the position of the last of them
 
 
 def cuts(xs: Sequence[jax.Array], ks: Sequence[Any]) -> list[Cut]:
@@ -122,48 +125,75 @@ def cuts(xs: Sequence[jax.Array], ks: Sequence[Any]) -> list[Cut]:
     >>> bool(cut.least == pattern(jnp.array(1.0))), int(cut.tied)
     (True, 1)
     """
-    values = [pattern(x) for x in xs]
     ranks = [jnp.asarray(k, jnp.int32) for k in ks]
     if pieces.in_pieces():
-        return _by_digits(values, ranks)
-
-    def each(value, rank):
-        return [tuple(cut) for cut in _by_digits([value], [rank])]
-
-    def bitwise(value, rank):
-        return [tuple(_by_bits(value, rank))]
-
+        return _on_host(xs, ranks)
+    values = [pattern(x) for x in xs]
     if values[0].size <= FEW:
         return [_by_bits(*each) for each in zip(values, ranks, strict=True)]
+
+    def by_digits(value, rank):
+        return tuple(_by_digits(value, rank))
+
+    def by_bits(value, rank):
+        return tuple(_by_bits(value, rank))
+
     return [
-        Cut(*jax.lax.platform_dependent(value, rank, cpu=each, default=bitwise)[0])
+        Cut(*jax.lax.platform_dependent(value, rank, cpu=by_digits, default=by_bits))
         for value, rank in zip(values, ranks, strict=True)
     ]
 
 
-def _by_digits(values: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[Cut]:
-    dtype = values[0].dtype
-    found: list[tuple] = [(None, rank) for rank in ranks]
-    for digit in digits(dtype):
-        counts = [
-            histogram(value, digit, None if prefix is None else prefix.astype(dtype))
-            for value, (prefix, _) in zip(values, found, strict=True)
-        ]
-        last = digit.shift == 0
+def _on_host(xs: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[Cut]:
+    arrays = list({id(x): x for x in xs}.values())  # several ranks of one are one ask
+    places = [next(i for i, a in enumerate(arrays) if a is x) for x in xs]
 
-        def settle(totals, before, width=digit.width, last=last):
-            made = []
-            for total, (prefix, rank) in zip(totals, before, strict=True):
-                place, rest = at_rank(total, rank)
-                place = place.astype(dtype)
-                prefix = place if prefix is None else (prefix << width) | place
-                if last and isinstance(total, np.ndarray) and rest == total[place]:
-                    rest = None  # all that are tied are kept
-                made.append((prefix, rest))
-            return made
+    def compute(stretches, n, shape, ranks):
+        own = [rank for rank, place in zip(ranks, places, strict=True) if place == n]
+        return _select(stretches, own)
 
-        found = pieces.over_leaf(counts, settle, found)
-    return [Cut(*each) for each in found]
+    found = pieces.on_host([pattern(array) for array in arrays], compute, ranks)
+    rows = [iter(each) for each in found]
+    return [Cut(*next(rows[place])) for place in places]
+
+
+def _select(stretches: Sequence[np.ndarray], ranks: Sequence[Any]) -> list[tuple]:
+    """For each rank `(least, None, last)` of `Cut`: a selection, and counts of ties."""
+    values = np.concatenate(stretches)
+    count, begin = len(values), 0
+    # one by one: for several at once NumPy takes a way that is ten times slower
+    for place in sorted({count - int(rank) for rank in ranks}):
+        values[begin:].partition(place - begin)
+        begin = place
+    found = []
+    for rank in ranks:
+        kept = values[count - int(rank) :]
+        least = kept[0].copy()
+        among = int(np.count_nonzero(kept == least))
+        found.append((least, None, _last(stretches, least, among)))
+    return found
+
+
+def _last(stretches: Sequence[np.ndarray], least: Any, count: int) -> np.uint32:
+    """The position of the `count`-th entry that is `least`."""
+    start = 0
+    for stretch in stretches:
+        tied = stretch == least
+        here = np.count_nonzero(tied)
+        if here >= count:
+            return np.uint32(start + np.flatnonzero(tied)[count - 1])
+        start, count = start + len(stretch), count - here
+    raise AssertionError("fewer entries are tied than were counted")
+
+
+def _by_digits(values: jax.Array, rank: jax.Array) -> Cut:
+    prefix: Any = None
+    for digit in digits(values.dtype):
+        counts = histogram(values, digit, prefix)
+        place, rank = at_rank(counts, rank)
+        place = place.astype(values.dtype)
+        prefix = place if prefix is None else (prefix << digit.width) | place
+    return Cut(prefix, rank)
 
 
 def _by_bits(values: jax.Array, k: jax.Array) -> Cut:
@@ -224,37 +254,21 @@ def largest(
         raise ValueError(f"ties = {ties!r}: 'all' or 'first' is expected")
     ranks = [jnp.asarray(k, jnp.int32) for k in ks]
     found = cuts(xs, [jnp.maximum(rank, 1) for rank in ranks])
-    values = [pattern(x) for x in xs]
-    least = [
-        jnp.asarray(cut.least, v.dtype) for v, cut in zip(values, found, strict=True)
-    ]
-    kept = [v >= own for v, own in zip(values, least, strict=True)]
-    if ties == "first":
-        unsure = [n for n, cut in enumerate(found) if cut.tied is not None]
-        tied = [values[n] == least[n] for n in unsure]
-        shares = _shares(tied, [found[n].tied for n in unsure]) if unsure else []
-        for n, mask, share in zip(unsure, tied, shares, strict=True):
-            kept[n] &= ~mask | first(mask, share)
-    return [mask & (rank > 0) for mask, rank in zip(kept, ranks, strict=True)]
-
-
-def _shares(masks: Sequence[jax.Array], counts: Sequence[Any]) -> list[jax.Array]:
-    """Of the first `count` true entries over the leaf, how many lie in this piece."""
-    here = pieces.place()
-    most = pieces.MOST if pieces.in_pieces() else 1
-    own = [
-        jnp.zeros(most, jnp.int32).at[here.number].set(mask.sum(dtype=jnp.int32))
-        for mask in masks
-    ]
-
-    def settle(totals, counts):
-        xp = np if isinstance(totals[0], np.ndarray) else jnp
-        return [
-            (count - (xp.cumsum(total) - total)).clip(0).astype(xp.int32)
-            for total, count in zip(totals, counts, strict=True)
-        ]
-
-    return [share[here.number] for share in pieces.over_leaf(own, settle, counts)]
+    masks = []
+    for x, rank, cut in zip(xs, ranks, found, strict=True):
+        values = pattern(x)
+        least = jnp.asarray(cut.least, values.dtype)
+        if ties == "all":
+            mask = values >= least
+        else:
+            tied = values == least
+            if cut.last is None:
+                tied = first(tied, cut.tied)
+            else:
+                tied &= pieces.positions(x.shape) <= cut.last
+            mask = (values > least) | tied
+        masks.append(mask & (rank > 0))
+    return masks
 
 
 def first(mask: jax.Array, count, block: int = 4096) -> jax.Array:

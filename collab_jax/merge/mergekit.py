@@ -74,11 +74,12 @@ def part(name: str, count: int, knobs: Knobs | None = None) -> Transform:
     return scheduled(
         method.make,
         lambda leaf, shape: method.prepare(resolved, shape),
-        hosted=name in RANKED,
+        hosted=name in HOSTED,
     )
 
 
-RANKED = "della", "della_linear"  # rank the entries of rows
+# select or rank entries of a leaf
+HOSTED = "ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce"
 
 
 def _size(shape: Shape) -> int:

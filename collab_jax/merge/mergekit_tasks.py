@@ -100,6 +100,7 @@ def keep_band(outer: Sequence, inner: Sequence) -> Callable[[Stack], Stack]:
     [0.0, 0.0, 2.0]
     """
 
+    @pieces.hosted
     @pieces.flat
     def apply(stack: Stack) -> Stack:
         count, ends = len(stack.deltas), [*outer, *inner]
@@ -130,10 +131,10 @@ def drop_by_rank(lows: Sequence, highs: Sequence) -> Callable[[Stack], Stack]:
     """
 
     @pieces.hosted
+    @pieces.flat
     def apply(stack: Stack) -> Stack:
-        axis = 1 if stack.base.ndim > 1 else 0
         rows = zip(stack.deltas, lows, highs, strict=True)
-        chances = [rank.rising(delta, low, high, axis) for delta, low, high in rows]
+        chances = [rank.rising(delta, low, high, axis=1) for delta, low, high in rows]
         return sparsify.drop(chances, _masked)(stack)
 
     return apply
@@ -201,7 +202,7 @@ def sce(select: bool = False, select_topk=1.0, size=None) -> Part:
         divisor = jnp.maximum(total(kept_shares), 1e-6)
         return reweigh(stack, [share / divisor for share in kept_shares])
 
-    return apply
+    return pieces.hosted(apply) if select else apply
 
 
 def _most_varied(deltas: Sequence[jax.Array], share) -> jax.Array:

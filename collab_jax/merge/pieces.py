@@ -5,28 +5,43 @@ a norm) is called flat: it works on any stretch of the flattened leaf, and asks 
 a sum by `over_leaf`. A driver that holds the whole leaf computes it on the spot. A
 driver that streams pieces of a fixed size runs the part once for every sum that it asks
 for, and adds the answers: so memory is bounded by the piece, and a few programs, the
-same for every model, serve all shapes.
+same for every model, serve all shapes. What NumPy does better than XLA on a CPU, and
+for a whole leaf at once (selecting, sorting), such a driver does between two runs.
 """
 
+import math
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-MOST = 4096  # pieces of a leaf
 _asked = threading.local()
 
 
 class Wanted(Exception):
     """Raised through a part that asks for a sum which is not known yet."""
 
-    def __init__(self, summary: Any, settle: Callable, operands: tuple):
-        """What the piece adds to the sum, and what becomes of the sum."""
+    def __init__(
+        self, summary: Any, settle: Callable, operands: tuple, whole: bool = False
+    ):
+        """What the piece adds to the sum, and what becomes of the sum.
+
+        Where `whole` is set the summary is a list of arrays with as many entries as the
+        piece, and `settle` wants each of them for the whole leaf: see `on_host`.
+        """
         self.summary, self.settle, self.operands = summary, settle, operands
+        self.whole = whole
+
+
+class Spread(NamedTuple):
+    """What the host found for every entry of a leaf: a piece is given its stretch."""
+
+    values: np.ndarray  # [M]
 
 
 def in_pieces() -> bool:
@@ -58,18 +73,20 @@ def over_leaf(
     """
     if not in_pieces():
         return settle(summary, *operands)
-    known = _asked.known
-    if _asked.next == len(known):
-        raise Wanted(summary, settle, operands)
+    return _known(Wanted(summary, settle, operands))
+
+
+def _known(wanted: Wanted) -> Any:
+    if _asked.next == len(_asked.known):
+        raise wanted
     _asked.next += 1
-    return known[_asked.next - 1]
+    return _asked.known[_asked.next - 1]
 
 
 class Place(NamedTuple):
     """Where a piece lies in its leaf."""
 
     start: Any = 0  # row-major position of its first entry
-    number: Any = 0  # how many pieces lie before it, fewer than MOST
 
 
 def place() -> Place:
@@ -108,31 +125,53 @@ def flat(part: Callable) -> Callable:
     return part
 
 
-def on_host(
-    compute: Callable[[Any], Any], otherwise: Callable[[Any], Any], array: Any
-) -> Any:
-    """What NumPy does faster than XLA on a CPU: a function of a whole leaf's array.
-
-    A driver that streams whole leaves runs the part up to here, computes on the host,
-    and runs it again with the result; under `jit`, sharded, and on accelerators XLA
-    computes. (A callback from a running program would wait for threads that wait for
-    callbacks.) A part that uses it is marked by `hosted` and is not flat.
+def positions(shape: tuple[int, ...]) -> jax.Array:
+    """Row-major positions in the leaf, modulo 2 ** 32, `[*shape]` uint32.
 
     Args:
-      compute: from an array of NumPy to one.
-      otherwise: the same function of JAX.
-      array: of the leaf.
+      shape: of the piece at hand.
 
-    >>> on_host(sorted, jax.numpy.sort, jax.numpy.array([2, 1])).tolist()
-    [1, 2]
+    >>> positions((2, 2)).tolist()
+    [[0, 1], [2, 3]]
+    """
+    found = jnp.full(shape, place().start, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        found += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return found
+
+
+def on_host(
+    arrays: Sequence[jax.Array], compute: Callable[..., Any], *operands: Any
+) -> list[Any]:
+    """What NumPy computes from arrays of the whole leaf, faster than XLA on a CPU.
+
+    Only for a part that is `in_pieces`; under `jit`, sharded, and on accelerators it
+    computes with XLA. (A callback from a running program would wait for threads that
+    wait for callbacks.)
+
+    Args:
+      arrays: K arrays of the piece's shape.
+      compute: (stretches, n, shape, *operands), where the stretches are array n of
+        the leaf of that shape, cut into flat arrays of NumPy. It returns a tree of
+        arrays; in it, `Spread` becomes the stretch of the piece at hand.
+      *operands: equal for all pieces.
+
+    Returns:
+      K results.
+
+    >>> in_pieces()  # or else: RuntimeError
+    False
     """
     if not in_pieces():
-        return otherwise(array)
-    return over_leaf((), lambda total, array: compute(array), array)
+        raise RuntimeError("on_host works in pieces only")
+    return _known(Wanted(list(arrays), compute, operands, whole=True))
 
 
 def hosted(part: Callable) -> Callable:
     """Marks a function of the stack alone that computes a step `on_host`.
+
+    A driver then runs it so wherever it can, and has the memory ready.
 
     >>> hosted(lambda stack: stack).hosted
     True

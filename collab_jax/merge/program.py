@@ -42,6 +42,7 @@ class Answer(NamedTuple):
     summary: Any = None  # what the piece adds to the sum, and what settling it needs
     operands: tuple = ()
     settle: Callable | None = None
+    whole: bool = False  # whether the host wants the summaries of all pieces: `on_host`
 
 
 class Programs(NamedTuple):
@@ -109,7 +110,7 @@ def programs(transform: Transform) -> Programs:
         made = stack(base, experts, weights, key, place)
         return transform.survey[i].ask(made, name, facts)
 
-    settles: dict[Hashable, Callable] = {}
+    settles: dict[Hashable, Wanted] = {}
 
     @functools.partial(jax.jit, static_argnames=("name", "dtype", "i"))
     def piece(base, experts, weights, key, hashed, facts, place, known, name, dtype, i):
@@ -120,8 +121,10 @@ def programs(transform: Transform) -> Programs:
                     return transform.survey[i].ask(made, name, facts), None, ()
                 merged = combine(transform.apply(made, name, facts))
         except Wanted as wanted:
-            settles[name, i, jax.tree.structure(known)] = wanted.settle
-            return None, wanted.summary, wanted.operands
+            summary, operands = wanted.summary, wanted.operands
+            wanted.summary, wanted.operands = None, ()  # they are tracers
+            settles[name, i, jax.tree.structure(known)] = wanted
+            return None, summary, operands
         like = experts[0] if base is None else base
         return merged.astype(dtype or like.dtype), None, ()
 
@@ -163,7 +166,9 @@ def programs(transform: Transform) -> Programs:
         given = piece(*args, place, known, name=name, dtype=dtype, i=i)
         result, summary, operands = given
         asked = name, i, jax.tree.structure(known)  # None in it chooses a program
-        settle = settles.get(asked) if result is None else None
-        return Answer(result, summary, operands, settle)
+        wanted = settles.get(asked) if result is None else None
+        if wanted is None:
+            return Answer(result)
+        return Answer(None, summary, operands, wanted.settle, wanted.whole)
 
     return Programs(run_merge, run_ask, run_piece, run_batch, kind)

@@ -9,6 +9,7 @@ Shapes: S the shape of a leaf, M its entries.
 
 import concurrent.futures
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,42 @@ def ranks(x: jax.Array, axis: int = -1) -> jax.Array:
 
     Args:
       x: `[*S]`; a scalar has rank 0.
-      axis: along which to compare.
+      axis: along which to compare; the last where there are not as many.
 
     >>> ranks(jnp.array([[3.0, -1.0, 1.0], [0.0, -5.0, 2.0]])).tolist()
     [[2, 0, 1], [0, 2, 1]]
     """
-    if x.ndim == 0 or x.shape[axis] < 2:
-        return jnp.zeros(x.shape, jnp.int32)
+    found, _ = _ranks(x, axis)
+    return found
+
+
+def _ranks(x: jax.Array, axis: int) -> tuple[jax.Array, Any]:
+    """The ranks, and how many entries there are along the axis."""
+    if pieces.in_pieces():
+
+        def compute(stretches, n, shape):
+            return _of_leaf(stretches, shape, axis)
+
+        ((found, count),) = pieces.on_host([magnitude.pattern(x)], compute)
+        return found.astype(jnp.int32), count
+    if x.ndim == 0:
+        return jnp.zeros(x.shape, jnp.int32), 1
+    axis = _axis(x.shape, axis)
     rows = jnp.moveaxis(magnitude.pattern(x), axis, -1)
-    found = pieces.on_host(_by_numpy, _by_xla, rows)
-    return jnp.moveaxis(jnp.asarray(found, jnp.int32), -1, axis)
+    found = jnp.moveaxis(_by_xla(rows), -1, axis)
+    return found, x.shape[axis]
+
+
+def _axis(shape: tuple[int, ...], axis: int) -> int:
+    return min(axis, len(shape) - 1) if axis >= 0 else axis
+
+
+def _of_leaf(stretches, shape, axis):
+    values = np.concatenate(stretches).reshape(shape or (1,))
+    axis = _axis(values.shape, axis)
+    found = np.moveaxis(_by_numpy(np.moveaxis(values, axis, -1)), -1, axis)
+    flat = np.ascontiguousarray(found).reshape(-1)
+    return pieces.Spread(flat), np.int32(values.shape[axis])
 
 
 def rising(x: jax.Array, low, high, axis: int = -1) -> jax.Array:
@@ -55,10 +82,9 @@ def rising(x: jax.Array, low, high, axis: int = -1) -> jax.Array:
     >>> rising(jnp.array([3.0, 1.0, -2.0]), 0.25, 0.75).tolist()
     [0.75, 0.25, 0.5]
     """
-    count = 1 if x.ndim == 0 else x.shape[axis]
-    if count < 2:
-        return jnp.broadcast_to((low + high) / 2, x.shape)
-    return low + (high - low) * (ranks(x, axis).astype(x.dtype) / (count - 1))
+    found, count = _ranks(x, axis)
+    share = found.astype(x.dtype) / jnp.maximum(jnp.asarray(count - 1, x.dtype), 1)
+    return jnp.where(count < 2, (low + high) / 2, low + (high - low) * share)
 
 
 def _by_xla(rows: jax.Array) -> jax.Array:

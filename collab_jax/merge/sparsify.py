@@ -48,6 +48,7 @@ def trim(density, ties: str = "all") -> Callable[[Stack], Stack]:
     """
     check_share("density", density)
 
+    @hosted
     def apply(stack: Stack) -> Stack:
         count = kept(density, stack.base.size)
         return keep_largest([count] * len(stack.deltas), ties)(stack)
@@ -68,6 +69,7 @@ def keep_largest(counts: Sequence, ties: str = "all") -> Callable[[Stack], Stack
     [[0.0, -3.0, 0.0], [0.0, 2.0, 3.0]]
     """
 
+    @hosted
     @flat
     def apply(stack: Stack) -> Stack:
         masks = magnitude.largest(stack.deltas, counts, ties)
@@ -216,6 +218,7 @@ def select_varying(share) -> Callable[[Stack], Stack]:
     """
     check_share("share", share)
 
+    @hosted
     def apply(stack: Stack) -> Stack:
         pairs = itertools.combinations(stack.deltas, 2)
         spread = total(
@@ -320,6 +323,7 @@ def drop_by_rank(density, epsilon) -> Callable[[Stack], Stack]:
         )
 
     @hosted
+    @flat
     def apply(stack: Stack) -> Stack:
         ends = density - epsilon, density + epsilon
         shares = [rank.rising(delta, *ends) for delta in stack.deltas]

@@ -49,7 +49,7 @@ def cost(job: Job) -> int:
     16000
     """
     count, size = len(job.weights), math.prod(job.shape)
-    if job.part is None or _in_pieces(job.part):
+    if job.part is None or (_in_pieces(job.part) and not job.part.hosted):
         # what is stored, and a few pieces in the working precision
         piece = min(size, split.SIZES[0]) * job.working * (2 * count + 4)
         return size * job.dtype.itemsize * (count + 2) + piece * (job.part is not None)
@@ -177,7 +177,7 @@ def _together(jobs: Sequence[Job]) -> list[list[Job]]:
     alone: list[Job] = []
     for job in jobs:
         small = 0 < math.prod(job.shape) <= SMALL
-        small = small and job.part is not None and not job.part.hosted
+        small = small and job.part is not None
         kind = programs(job.part).kind(job.name, job.shape) if small else None
         if kind is None:
             alone.append(job)
