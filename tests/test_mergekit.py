@@ -247,7 +247,7 @@ def test_what_it_refuses():
 def test_what_mergekit_cannot():
     """A row of one entry has the density as its chance; what cancels is averaged."""
     ones = jnp.ones((4000, 1))
-    kept = rank.rising(ones, 0.2, 0.6, 1)
+    kept = rank.rising([ones], [0.2], [0.6], 1)[0]
     np.testing.assert_allclose(np.asarray(kept), 0.4, rtol=1e-6)
     rows = [
         np.array([1.0, 0.0]),

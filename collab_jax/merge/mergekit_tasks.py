@@ -133,8 +133,7 @@ def drop_by_rank(lows: Sequence, highs: Sequence) -> Callable[[Stack], Stack]:
     @pieces.hosted
     @pieces.flat
     def apply(stack: Stack) -> Stack:
-        rows = zip(stack.deltas, lows, highs, strict=True)
-        chances = [rank.rising(delta, low, high, axis=1) for delta, low, high in rows]
+        chances = rank.rising(stack.deltas, lows, highs, axis=1)
         return sparsify.drop(chances, _masked)(stack)
 
     return apply

@@ -9,6 +9,8 @@ Shapes: S the shape of a leaf, M its entries.
 
 import concurrent.futures
 import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,25 +34,28 @@ def ranks(x: jax.Array, axis: int = -1) -> jax.Array:
     >>> ranks(jnp.array([[3.0, -1.0, 1.0], [0.0, -5.0, 2.0]])).tolist()
     [[2, 0, 1], [0, 2, 1]]
     """
-    found, _ = _ranks(x, axis)
+    ((found, _),) = _ranks([x], axis)
     return found
 
 
-def _ranks(x: jax.Array, axis: int) -> tuple[jax.Array, Any]:
-    """The ranks, and how many entries there are along the axis."""
+def _ranks(xs: Sequence[jax.Array], axis: int) -> list[tuple[jax.Array, Any]]:
+    """For each array the ranks, and how many entries there are along the axis."""
+    values = [magnitude.pattern(x) for x in xs]
     if pieces.in_pieces():
 
         def compute(stretches, n, shape):
             return _of_leaf(stretches, shape, axis)
 
-        ((found, count),) = pieces.on_host([magnitude.pattern(x)], compute)
-        return found.astype(jnp.int32), count
-    if x.ndim == 0:
-        return jnp.zeros(x.shape, jnp.int32), 1
-    axis = _axis(x.shape, axis)
-    rows = jnp.moveaxis(magnitude.pattern(x), axis, -1)
-    found = jnp.moveaxis(_by_xla(rows), -1, axis)
-    return found, x.shape[axis]
+        found = pieces.on_host(values, compute)
+        return [(row.astype(jnp.int32), count) for row, count in found]
+    if values[0].ndim == 0:
+        return [(jnp.zeros((), jnp.int32), 1) for _ in xs]
+    axis = _axis(xs[0].shape, axis)
+
+    def sort(array):
+        return jnp.moveaxis(_by_xla(jnp.moveaxis(array, axis, -1)), -1, axis)
+
+    return [(sort(array), array.shape[axis]) for array in values]
 
 
 def _axis(shape: tuple[int, ...], axis: int) -> int:
@@ -65,26 +70,32 @@ def _of_leaf(stretches, shape, axis):
     return pieces.Spread(flat), np.int32(values.shape[axis])
 
 
-def rising(x: jax.Array, low, high, axis: int = -1) -> jax.Array:
-    """A probability that rises with the rank of the magnitude, `[*S]`.
+def rising(
+    xs: Sequence[jax.Array], lows: Sequence, highs: Sequence, axis: int = -1
+) -> list[jax.Array]:
+    """Probabilities that rise with the rank of the magnitude, N arrays `[*S]`.
 
     `p_i = low + (high - low) r_i / (n - 1)` with n entries along the axis; the middle
     of both where n is 1.
 
     Args:
-      x: `[*S]`.
-      low: of the least magnitude; a number or tracer.
-      high: of the largest.
-      axis: along which to rank.
+      xs: N arrays `[*S]`.
+      lows: N numbers or tracers, of the least magnitude.
+      highs: N, of the largest.
+      axis: along which to rank; the last where there are not as many.
 
     Source: MAGPRUNE, arXiv 2406.11617.
 
-    >>> rising(jnp.array([3.0, 1.0, -2.0]), 0.25, 0.75).tolist()
+    >>> rising([jnp.array([3.0, 1.0, -2.0])], [0.25], [0.75])[0].tolist()
     [0.75, 0.25, 0.5]
     """
-    found, count = _ranks(x, axis)
-    share = found.astype(x.dtype) / jnp.maximum(jnp.asarray(count - 1, x.dtype), 1)
-    return jnp.where(count < 2, (low + high) / 2, low + (high - low) * share)
+    chances = []
+    rows = zip(xs, _ranks(xs, axis), lows, highs, strict=True)
+    for x, (found, count), low, high in rows:
+        share = found.astype(x.dtype) / jnp.maximum(jnp.asarray(count - 1, x.dtype), 1)
+        chance = low + (high - low) * share
+        chances.append(jnp.where(count < 2, (low + high) / 2, chance))
+    return chances
 
 
 def _by_xla(rows: jax.Array) -> jax.Array:
@@ -102,40 +113,50 @@ def _by_numpy(rows: np.ndarray) -> np.ndarray:
     flat = rows.reshape(-1, width)
     found = np.empty(flat.shape, np.uint16 if width <= 1 << 16 else np.int32)
     step = max(1, _BLOCK // width)
-    place = np.broadcast_to(np.arange(width, dtype=found.dtype), (step, width))
-    begins = np.arange(step, dtype=np.int64)[:, None] * width
+    many = os.cpu_count() or 1
+    starts = range(0, len(flat), step)
     fill = _fill if rows.dtype == np.uint32 else _fill_wide
 
-    def work(start: int) -> None:
-        block, target = flat[start : start + step], found[start : start + step]
-        count = len(block)
-        fill(block, target.reshape(-1), place[:count].reshape(-1), begins[:count])
+    def work(starts: Sequence[int]) -> None:
+        fill(flat, found, starts, min(step, len(flat)))
 
-    starts = range(0, len(flat), step)
     if len(starts) < 4:
-        for start in starts:
-            work(start)
+        work(starts)
     else:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(work, starts))
+        with concurrent.futures.ThreadPoolExecutor(many) as pool:
+            list(pool.map(work, [starts[n::many] for n in range(many)]))
     return found.reshape(rows.shape)
 
 
-def _fill(block, target, place, begins) -> None:
-    """Sorts numbers of 64 bits, the magnitude above the position: no two are equal."""
-    keys = block.astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(block.shape[-1], dtype=np.uint64)
-    keys.sort(axis=-1)
-    keys &= np.uint64(0xFFFFFFFF)
-    order = keys.view(np.int64)
-    order += begins
-    target[order.reshape(-1)] = place
+def _fill(flat, found, starts: Sequence[int], step: int) -> None:
+    """Sorts numbers of 64 bits, the magnitude above the position: no two are equal.
+
+    They are sorted as floats, which is a quarter faster: the offset makes the lowest
+    normal, and the highest stays finite, so the order is that of the integers.
+    """
+    width = flat.shape[-1]
+    keys, order = np.empty((step, width)), np.empty((step, width), np.int64)
+    halves = keys.view(np.uint32).reshape(step, width, 2)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    places = np.arange(width, dtype=np.uint32)
+    ranks = np.broadcast_to(places.astype(found.dtype), (step, width)).copy()
+    begins = np.arange(step, dtype=np.int64)[:, None] * width
+    for start in starts:
+        block = flat[start : start + step]
+        count = len(block)
+        halves[:count, :, low] = places
+        np.add(block, np.uint32(1 << 20), out=halves[:count, :, high])
+        keys[:count].sort(axis=-1)
+        np.add(halves[:count, :, low], begins[:count], out=order[:count])
+        target = found[start : start + step].reshape(-1)
+        target[order[:count].reshape(-1)] = ranks[:count].reshape(-1)
 
 
-def _fill_wide(block, target, place, begins) -> None:
-    order = np.argsort(block, axis=-1, kind="stable") + begins
-    target[order.reshape(-1)] = place
+def _fill_wide(flat, found, starts: Sequence[int], step: int) -> None:
+    for start in starts:
+        order = np.argsort(flat[start : start + step], axis=-1, kind="stable")
+        ranks = np.arange(flat.shape[-1], dtype=found.dtype)[None]
+        np.put_along_axis(found[start : start + step], order, ranks, -1)
 
 
 def among_smallest(x: jax.Array, k) -> jax.Array:

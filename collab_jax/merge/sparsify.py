@@ -325,8 +325,9 @@ def drop_by_rank(density, epsilon) -> Callable[[Stack], Stack]:
     @hosted
     @flat
     def apply(stack: Stack) -> Stack:
-        ends = density - epsilon, density + epsilon
-        shares = [rank.rising(delta, *ends) for delta in stack.deltas]
+        count = len(stack.deltas)
+        lows, highs = [density - epsilon] * count, [density + epsilon] * count
+        shares = rank.rising(stack.deltas, lows, highs)
         larger = (d / p for d, p in zip(stack.deltas, shares, strict=True))
         dropped = drop(shares, lambda delta, mask: jnp.where(mask, delta, 0))
         return dropped(stack._replace(deltas=tuple(larger)))

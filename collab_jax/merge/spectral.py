@@ -75,8 +75,12 @@ def join_singular_vectors(stack: Stack) -> Stack:
         rank = min(taus[0].shape) // len(taus)
         if rank == 0:
             return total(taus) / len(taus)
-        u, s, v = _joined([top_svd(tau, rank) for tau in taus])
-        return product(polar(u) * s, polar(v).T)
+        parts: list = []
+        for tau in taus:
+            parts.append(top_svd(after(tau, *(s for _, s, _ in parts[-1:])), rank))
+        u, s, v = _joined(parts)
+        left = polar(u) * s
+        return product(left, polar(after(v, left)).T)
 
     return on_matrices(make)(stack)
 
@@ -138,7 +142,10 @@ def flatten_subspaces(common: float = 0.8) -> Callable[[Stack], Stack]:
         if own == 0:
             return _flat(svd(total(taus)))
         u, s, v = (x[..., :kept] for x in svd(total(taus)))
-        own_parts = [_beside(u, tau, own) for tau in taus]
+        own_parts, last = [], s
+        for tau in taus:
+            own_parts.append(_beside(u, after(tau, last), own))
+            last = own_parts[-1][1]
         return _flat(_joined([*own_parts, (u, s, v)]))
 
     return on_matrices(make)
@@ -175,34 +182,70 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
 
     def make(taus: Deltas) -> jax.Array:
         (m, n), count = taus[0].shape, len(taus)
-        whole = total(taus)
-        sizes = [(tau**2).sum() for tau in taus]
-        sizes = [jnp.where(size > 0, size, 1) for size in sizes]
-        pairs = list(zip(taus, sizes, strict=True))
-        if n <= m:
-            grams = [product(tau.T, tau) / size for tau, size in pairs]
-            both = zip(taus, grams, strict=True)
-            right = total(product(tau - whole, gram) for tau, gram in both)
-            return whole + _divided(right, total(grams), ridge)
-        rows = jnp.concatenate([tau / jnp.sqrt(size) for tau, size in pairs])
+        if count == 1:
+            return taus[0]
+        sizes: list[jax.Array] = []
+        for tau in taus:
+            square = (after(tau, *sizes[-1:]) ** 2).sum()
+            sizes.append(jnp.where(square > 0, square, 1))
         if m * count < n:  # the same by A (A^T A)^+ = (A A^T)^+ A
-            own = [product(tau, tau.T) / jnp.sqrt(size) for tau, size in pairs]
-            right = jnp.concatenate(own, 1) - product(whole, rows.T)
-            return whole + product(_divided(right, product(rows, rows.T), ridge), rows)
-        gram = product(rows.T, rows)
-        own = [product(product(tau, tau.T) / size, tau) for tau, size in pairs]
-        return whole + _divided(total(own) - product(whole, gram), gram, ridge)
+            rows = _rows(after(taus, sizes[-1]), sizes)
+            gram = product(rows, rows.T)
+            blocks = gram.reshape(count, m, count, m)
+            mixed = [
+                total(blocks[j, :, i] * jnp.sqrt(sizes[j]) for j in _others(i, count))
+                for i in range(count)
+            ]
+            factor = _divided(jnp.concatenate(mixed, 1), gram, ridge)
+            moved = product(factor, _rows(after(taus, factor), sizes))
+        else:
+            right = jnp.zeros((m, n), taus[0].dtype)
+            for i, size in enumerate(sizes):
+                own = after(taus, size, right)
+                tau, rest = own[i], total(own[j] for j in _others(i, count))
+                if n <= m:
+                    right += product(rest, product(tau.T, tau) / size)
+                else:
+                    right += product(product(rest, tau.T) / size, tau)
+            rows = _rows(after(taus, right), sizes)
+            moved = _divided(right, product(rows.T, rows), ridge)
+        return total(after(taus, moved)) - moved
 
     return on_matrices(make)
 
 
+def _rows(taus: Deltas, sizes: Sequence[jax.Array]) -> jax.Array:
+    """All rows of all deltas, each delta at norm 1."""
+    pairs = zip(taus, sizes, strict=True)
+    return jnp.concatenate([tau / jnp.sqrt(size) for tau, size in pairs])
+
+
+def _others(i: int, count: int) -> list[int]:
+    return [j for j in range(count) if j != i]
+
+
 def _divided(right: jax.Array, gram: jax.Array, ridge) -> jax.Array:
     """`right (gram + mu)^+`."""
-    s, q = jnp.linalg.eigh(gram)
-    mu = ridge * jnp.trace(gram) / len(gram)
+    s, q = jnp.linalg.eigh(gram, symmetrize_input=False)
+    mu = ridge * s.sum() / len(gram)
     kept = s > null_tolerance(gram.shape, gram.dtype) * s[-1]
-    inverse = jnp.where(kept, 1 / jnp.where(kept, s + mu, 1), 0)
-    return product(product(right, q) * inverse, q.T)
+    half = q * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, s + mu, 1)), 0)
+    return product(product(right, half), half.T)
+
+
+def after(values, *done: jax.Array):
+    """Values as they are, computed only when others are there.
+
+    A program holds what it computes until the last use. XLA for CPUs would compute the
+    deltas of all experts at once, and whatever follows from each of them, and drops
+    optimization barriers before it plans the memory. So the dependence is a real one:
+    a factor of 1, which a NaN that is already there would turn into another.
+    """
+    first = [jax.lax.optimization_barrier(x)[(0,) * x.ndim] for x in done]
+    if not first:
+        return values
+    gate = jnp.where(jnp.isnan(total(first)), jnp.nan, 1)
+    return jax.tree.map(lambda x: x * gate.astype(x.dtype), values)
 
 
 def _beside(u: jax.Array, tau: jax.Array, r: int):
@@ -221,7 +264,8 @@ def _joined(factors):
 def _flat(factors) -> jax.Array:
     """Both sides made orthogonal, with the mean of the singular values."""
     u, s, v = factors
-    return s.mean() * product(polar(u), polar(v).T)
+    left = polar(u)
+    return s.mean() * product(left, polar(after(v, left)).T)
 
 
 def tsv_m(lam=1.0) -> Transform:

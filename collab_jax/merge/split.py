@@ -1,13 +1,16 @@
 """Running the programs of a flat transform piece by piece, on arrays of the host.
 
-Pieces have one of three sizes, the last is filled with zeros: so every leaf of every
-model runs the same few programs, which are compiled once and stay in the cache.
+Pieces have one of at most three sizes, the last is filled with zeros: so every leaf of
+every model runs the same few programs, which are compiled once and stay in the cache.
 
 Shapes: N experts, M entries of a leaf.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +20,11 @@ from collab_jax.merge.pieces import Place, Spread, add
 from collab_jax.merge.program import Answer, Leaf, Programs
 from collab_jax.merge.stack import Facts
 
-SIZES = 1 << 20, 1 << 17, 1 << 12  # entries; each is a program to load for every phase
+SIZES = 1 << 20, 1 << 17, 1 << 12  # entries
 CALL = 1 << 15  # entries that take as long as calling a program
+PROGRAM = 1 << 24  # entries that take as long as tracing and loading one
+AHEAD = 2  # pieces of a large leaf that are computed at the same time
+MANY = 8  # pieces of a large leaf
 
 
 class Piece(NamedTuple):
@@ -29,7 +35,32 @@ class Piece(NamedTuple):
     size: int  # entries with the zeros behind them
 
 
-def cut(count: int) -> list[Piece]:
+def sizes(counts: Iterable[int]) -> tuple[int, ...]:
+    """The sizes of pieces with which leaves of these many entries are done first.
+
+    Every size is a program to load, for every phase of a method.
+
+    >>> sizes([5 * 10**7] * 30 + [10**5] * 60 + [576] * 61), sizes([64, 64])
+    ((1048576, 131072), (4096,))
+    """
+    kinds = Counter(counts)
+    choices = [
+        chosen
+        for n in range(len(SIZES), 0, -1)
+        for chosen in itertools.combinations(SIZES, n)
+    ]
+
+    def cost(chosen: tuple[int, ...]) -> int:
+        work = (
+            number * sum(piece.size + CALL for piece in cut(count, chosen))
+            for count, number in kinds.items()
+        )
+        return sum(work) + len(chosen) * PROGRAM
+
+    return min(choices, key=cost)
+
+
+def cut(count: int, sizes: Sequence[int] = SIZES) -> list[Piece]:
     """The pieces of a leaf of M entries, the large ones first.
 
     >>> [tuple(piece) for piece in cut((1 << 20) + 5)]
@@ -39,8 +70,8 @@ def cut(count: int) -> list[Piece]:
     start = 0
     while start < count:
         left = count - start
-        size = min(SIZES, key=lambda size: math.ceil(left / size) * (size + CALL))
-        size = next(s for s in SIZES if s <= max(size, left))  # the large ones first
+        size = min(sizes, key=lambda size: math.ceil(left / size) * (size + CALL))
+        size = next(s for s in sizes if s <= max(size, left))  # the large ones first
         pieces.append(Piece(start, min(count, start + size), size))
         start = pieces[-1].end
     return pieces
@@ -53,6 +84,7 @@ def run(
     facts: Facts,
     dtype: Any = None,
     whole: bool = False,
+    sizes: Sequence[int] | None = None,
 ) -> Any:
     """The merged leaf, or its summary for an entry of the survey, piece by piece.
 
@@ -63,6 +95,7 @@ def run(
       facts: of the surveys before.
       dtype: of the result; None for the base's.
       whole: whether the leaf is one piece, in its own shape.
+      sizes: of the pieces; None for all that there are.
 
     >>> from collab_jax.merge.program import programs
     >>> from collab_jax.merge.stack import chain
@@ -73,7 +106,7 @@ def run(
     """
     shape = leaf.experts[0].shape
     count = math.prod(shape)
-    pieces = [Piece(0, count, count)] if whole else cut(count)
+    pieces = [Piece(0, count, count)] if whole else cut(count, sizes or SIZES)
     form = shape if whole else (count,)
     base = None if leaf.base is None else np.asarray(leaf.base).reshape(form)
     experts = [np.asarray(expert).reshape(form) for expert in leaf.experts]
@@ -95,9 +128,9 @@ def run(
         )
 
     while True:
-        total, answer = None, None
-        for piece in pieces:
-            answer = call(piece)
+        total: Any = None
+        answer: Answer | None = None
+        for piece, answer in _each(call, pieces):
             if answer.whole:
                 break
             if answer.settle is not None:
@@ -118,6 +151,38 @@ def run(
         else:
             operands = jax.tree.map(np.asarray, answer.operands)
             known = (*known, answer.settle(total, *operands))
+
+
+def _each(
+    call: Callable[[Piece], Answer], pieces: Sequence[Piece]
+) -> Iterator[tuple[Piece, Answer]]:
+    """Pieces with their answers, in order; of a large leaf the next are begun."""
+    if len(pieces) < MANY:
+        for piece in pieces:
+            yield piece, call(piece)
+        return
+    # the first alone: what it asks for may be another program
+    yield pieces[0], call(pieces[0])
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+
+    def begin(piece: Piece) -> Answer:
+        with jax.enable_x64(wide):  # it is a thread's own
+            return jax.block_until_ready(call(piece))
+
+    with ThreadPoolExecutor(AHEAD, "pieces") as pool:
+        begun: deque[tuple[Piece, Future[Answer]]] = deque()
+        try:
+            for piece in pieces[1:]:
+                begun.append((piece, pool.submit(begin, piece)))
+                if len(begun) > AHEAD:
+                    done, answer = begun.popleft()
+                    yield done, answer.result()
+            while begun:
+                done, answer = begun.popleft()
+                yield done, answer.result()
+        finally:
+            for _, answer in begun:
+                answer.cancel()
 
 
 def _spread(x: Any) -> bool:
@@ -143,14 +208,15 @@ def _on_host(
     for start in range(0, len(arrays), max(1, room)):
         numbers = range(start, min(len(arrays), start + max(1, room)))
         columns: list[list[np.ndarray]] = [[] for _ in numbers]
-        for piece in pieces:
-            answer = first if first and piece is pieces[0] else call(piece)
+        rest = pieces[1:] if first else pieces
+        begun = [(pieces[0], first)] if first else []
+        for piece, answer in itertools.chain(begun, _each(call, rest)):
             for n, column in zip(numbers, columns, strict=True):
                 values = np.asarray(answer.summary[n]).reshape(-1)
                 column.append(values[: piece.end - piece.start])
         first = None
         for n, column in zip(numbers, columns, strict=True):
-            operands = jax.tree.map(np.asarray, answer.operands)
+            operands = jax.tree.map(np.asarray, known.operands)
             found.append(settle(column, n, leaf.experts[0].shape, *operands))
             column.clear()
     return found

@@ -132,7 +132,9 @@ def stream(
                 run, whole = programs(job.part), leaf(job, base, experts)
                 if _in_phases(job.part):
                     entire = not job.part.flat
-                    merged = split.run(run, None, whole, facts, narrow, entire)
+                    merged = split.run(
+                        run, None, whole, facts, narrow, entire, sizes[job.part]
+                    )
                 else:
                     merged = np.asarray(run.merge(whole, facts, narrow))
                 del base, experts, whole
@@ -155,9 +157,11 @@ def stream(
                 put(job, row)
                 advance()
 
-    facts = _facts(jobs, leaf, budget, workers, advance)
+    groups = _together(jobs)
+    sizes = _sizes(jobs, groups)
+    facts = _facts(jobs, leaf, budget, workers, advance, sizes)
     tasks: list[Callable[[], None]] = []
-    for group in _together(jobs):
+    for group in groups:
         known = facts.get(group[0].part, ())
         if len(group) > 1:
             tasks.append(functools.partial(run_together, group, known))
@@ -194,6 +198,21 @@ def _together(jobs: Sequence[Job]) -> list[list[Job]]:
     return sorted(groups, key=lambda group: place[id(group[0])])
 
 
+def _sizes(
+    jobs: Sequence[Job], groups: Sequence[Sequence[Job]]
+) -> dict[Transform | None, tuple[int, ...]]:
+    """For each transform, the sizes of pieces that serve its leaves best."""
+    counts: dict[Transform | None, list[int]] = {}
+    for job in jobs:
+        own = counts.setdefault(job.part, [])
+        if job.part is not None and job.part.survey:
+            own.append(math.prod(job.shape))
+    for group in groups:
+        if len(group) == 1:
+            counts[group[0].part].append(math.prod(group[0].shape))
+    return {part: split.sizes(own) for part, own in counts.items()}
+
+
 def passes(jobs: Iterable[Job]) -> int:
     """How many times tensors are read, over all of them: what `advance` counts.
 
@@ -208,7 +227,9 @@ def _surveys(job: Job) -> list[int]:
     return [i for i, entry in enumerate(entries) if isinstance(entry, Survey)]
 
 
-def _facts(jobs, leaf, budget, workers, advance) -> dict[Transform | None, Facts]:
+def _facts(
+    jobs, leaf, budget, workers, advance, sizes
+) -> dict[Transform | None, Facts]:
     """What the surveys of every transform gave."""
     facts: dict[Transform | None, Facts] = {}
     groups: dict[Transform, list[Job]] = {}
@@ -228,7 +249,9 @@ def _facts(jobs, leaf, budget, workers, advance) -> dict[Transform | None, Facts
                     base, experts = job.read()
                     run, whole = programs(part), leaf(job, base, experts)
                     if _in_phases(part):
-                        found = split.run(run, i, whole, known, whole=not part.flat)
+                        found = split.run(
+                            run, i, whole, known, whole=not part.flat, sizes=sizes[part]
+                        )
                     else:
                         found = jax.tree.map(np.asarray, run.ask(i, whole, known))
                 advance()

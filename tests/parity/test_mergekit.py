@@ -168,7 +168,9 @@ def chances(name, knobs, deltas):
         else:
             epsilon = knobs["epsilon"][n]
             axis = 1 if delta.ndim > 1 else 0
-            rising = rank.rising(delta, density - epsilon, density + epsilon, axis)
+            rising = rank.rising(
+                [delta], [density - epsilon], [density + epsilon], axis
+            )[0]
             yield n, jnp.asarray(rising, jnp.float32)
 
 
