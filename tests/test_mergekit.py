@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax.merge import agree, rank, sparsify, spherical, split
+from collab_jax.merge import agree, pieces, rank, sparsify, spherical, split
 from collab_jax.merge.memory import merge
 from collab_jax.merge.mergekit import METHODS, part
 from collab_jax.merge.mergekit_table import TABLE
@@ -53,7 +53,7 @@ def test_as_mergekit_has_it(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_in_pieces(name, monkeypatch):
     """What streams in pieces is what is merged whole, the masks bit by bit."""
-    monkeypatch.setattr(split, "SIZES", (1 << 10, 1 << 8))
+    monkeypatch.setattr(split, "SIZES", (1 << 8, 1 << 6))
     count, knobs = CASES[name]
     knobs = dict(knobs)
     weights = knobs.pop("weight", (1.0,) * count)
@@ -73,8 +73,25 @@ def test_in_pieces(name, monkeypatch):
     leaf = Leaf("a", base, tuple(models), tuple(weights), KEY)
     run = programs(transform)
     whole = np.asarray(run.merge(leaf, transform.survey))
-    pieces = split.run(run, None, leaf, transform.survey)
-    np.testing.assert_allclose(pieces, whole, rtol=2e-6, atol=2e-6)
+    cut = split.run(run, None, leaf, transform.survey)
+    np.testing.assert_allclose(cut, whole, rtol=2e-6, atol=2e-6)
+
+
+def test_many_pieces_of_float64(monkeypatch):
+    """Threads that work ahead keep its precision, and the place of every piece."""
+    base, *models = np.float64(np.random.default_rng(0).integers(-9, 9, (3, 50, 60)))
+    base += 1e-12  # lost in float32; and most entries are tied
+    with jax.enable_x64(True):
+        leaf = Leaf("a", base, tuple(models), (0.6, 0.3), KEY)
+        run = programs(part("ties", 2, {"density": 0.4})._replace(flat=True))
+        survey = part("ties", 2, {"density": 0.4}).survey
+        whole = np.asarray(run.merge(leaf, survey))
+        cut = split.run(run, None, leaf, survey, sizes=(64,))
+        assert cut.dtype == np.float64
+        np.testing.assert_array_equal(cut, whole)
+        # the control: pieces that do not know where they lie keep other entries
+        monkeypatch.setattr(split, "Place", lambda start: pieces.Place(np.uint32(0)))
+        assert (split.run(run, None, leaf, survey, sizes=(64,)) != whole).any()
 
 
 def filled(name, count, knobs):
