@@ -6,9 +6,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import decode, law
-from collab_jax.cooperate.efficient.draft import Draft
+from collab_jax import decode, law, stop, warp
+from collab_jax.cooperate.efficient import coupled, verify
+from collab_jax.cooperate.efficient.draft import Draft, Proposer
+from collab_jax.cooperate.efficient.draft_model import draft_lm
+from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
+from collab_jax.models import table
+
+VOCAB = 5
+LM = table.language_model(2)
+KEYS = jax.random.split(jax.random.key(3))
+PARAMS = tuple(table.init(key, VOCAB, 2, scale=1.5) for key in KEYS)
+NEAR = (PARAMS[0], PARAMS[0] + 0.4 * PARAMS[1])  # a draft that is often right
+WARPED = warp.warp(LM, warp.repetition_penalty(1.4), warp.top_p(0.95))
+VERIFIERS = {
+    "maximal": verify.maximal,
+    "block": verify.block,
+    "gumbel": coupled.gumbel,
+}
+PROMPTS = [[1], [2, 3, 4, 0, 1, 1, 2], [0, 4, 4], [3, 3], [1, 2, 3, 4], [0], [4, 0]]
+AUTOMATON = stop.automaton(["abc", "cc"], [b"a", b"b", b"c", b"ab", b""])
+
+
+def copies(size):
+    """Proposes the tokens that stand at the front of the text: no LM, no law."""
+
+    def propose(params, state, tokens, length, key):
+        del params, key
+        count = jnp.minimum(length % (size + 1), length)  # of every length, 0 as well
+        return Draft(tokens[:, :size], count), state
+
+    return Proposer(
+        lambda *_: (), propose, lambda params, state, verified: state, size, size
+    )
+
+
+def rounds(verifier, new=12, size=3, target=WARPED, draft=WARPED, **rest):
+    return speculate(
+        on_lm(target, chunk=3),
+        draft_lm(draft, size, chunk=3),
+        new,
+        verifier=verifier,
+        **rest,
+    )
 
 
 def strings(vocab, length):
@@ -124,6 +165,12 @@ def accepted(outcomes, p, q, size):
     draft = Draft(jnp.asarray(x), jnp.full(len(x), size), tile(q))
     found = np.asarray(outcomes(tile(p), draft), np.float64).sum(-1)
     return (weight[:, None] * found).sum(0)
+
+
+def draws(decoder, params, prompts=PROMPTS, seed=5, **rest):
+    """A run with keys of its own for every row."""
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    return decode.run(decoder, params, *decode.pad(prompts, **rest), keys)
 
 
 def new_tokens(result, row):
