@@ -53,6 +53,29 @@ def on_matrices(make: Callable[[Deltas], jax.Array]) -> Callable[[Stack], Stack]
     return apply
 
 
+def after(values, *done: jax.Array):
+    """Values as they are, but computed only when others are there: it saves memory.
+
+    XLA for CPUs computes what it can as early as it can, so the deltas of all experts
+    and whatever follows from each, and holds them until their last use. Barriers do not
+    stop it: it drops them before it plans. So here is a factor of 1 that depends on the
+    others: it is NaN where they have one already.
+
+    Args:
+      values: a tree of arrays. They are not held since an earlier use, but computed
+        once more: they should be cheap, such as deltas.
+      *done: what has to be there before.
+
+    >>> after([jnp.ones(2)], jnp.zeros((2, 2)))
+    [Array([1., 1.], dtype=float32)]
+    """
+    first = [jax.lax.optimization_barrier(x)[(0,) * x.ndim] for x in done]
+    if not first:
+        return values
+    gate = jnp.where(jnp.isnan(total(first)), jnp.nan, 1)
+    return jax.tree.map(lambda x: x * gate.astype(x.dtype), values)
+
+
 def join_singular_vectors(stack: Stack) -> Stack:
     """Gives each expert k / N singular directions, and makes all of them orthogonal.
 
@@ -75,10 +98,7 @@ def join_singular_vectors(stack: Stack) -> Stack:
         rank = min(taus[0].shape) // len(taus)
         if rank == 0:
             return total(taus) / len(taus)
-        parts: list = []
-        for tau in taus:
-            parts.append(top_svd(after(tau, *(s for _, s, _ in parts[-1:])), rank))
-        u, s, v = _joined(parts)
+        u, s, v = _one_by_one(lambda tau: top_svd(tau, rank), taus)
         left = polar(u) * s
         return product(left, polar(after(v, left)).T)
 
@@ -142,11 +162,8 @@ def flatten_subspaces(common: float = 0.8) -> Callable[[Stack], Stack]:
         if own == 0:
             return _flat(svd(total(taus)))
         u, s, v = (x[..., :kept] for x in svd(total(taus)))
-        own_parts, last = [], s
-        for tau in taus:
-            own_parts.append(_beside(u, after(tau, last), own))
-            last = own_parts[-1][1]
-        return _flat(_joined([*own_parts, (u, s, v)]))
+        start = [(u, s, v)]
+        return _flat(_one_by_one(lambda tau: _beside(u, tau, own), taus, start))
 
     return on_matrices(make)
 
@@ -157,7 +174,7 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
     The rows of `tau_i` stand in for the expert's inputs. Minimises `sum_i ||(x -
     tau_i) tau_i^T||^2 / ||tau_i||^2 + mu ||x - t||^2` with `t = sum_i tau_i`, so
 
-    `delta = t + (sum_i (tau_i - t) G_i) (sum_i G_i + mu)^+`, `G_i = tau_i^T tau_i /
+    `delta = t - (sum_i (t - tau_i) G_i) (sum_i G_i + mu)^+`, `G_i = tau_i^T tau_i /
     ||tau_i||^2`.
 
     The paper takes some hundred steps of Adam from t instead; a ridge is the smooth way
@@ -182,7 +199,7 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
 
     def make(taus: Deltas) -> jax.Array:
         (m, n), count = taus[0].shape, len(taus)
-        if count == 1:
+        if count == 1:  # nothing interferes
             return taus[0]
         sizes: list[jax.Array] = []
         for tau in taus:
@@ -193,7 +210,7 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
             gram = product(rows, rows.T)
             blocks = gram.reshape(count, m, count, m)
             mixed = [
-                total(blocks[j, :, i] * jnp.sqrt(sizes[j]) for j in _others(i, count))
+                total(jnp.sqrt(sizes[j]) * blocks[j, :, i] for j in _others(i, count))
                 for i in range(count)
             ]
             factor = _divided(jnp.concatenate(mixed, 1), gram, ridge)
@@ -215,7 +232,7 @@ def remove_interference(ridge=0.0) -> Callable[[Stack], Stack]:
 
 
 def _rows(taus: Deltas, sizes: Sequence[jax.Array]) -> jax.Array:
-    """All rows of all deltas, each delta at norm 1."""
+    """The rows of all deltas, each delta at norm 1."""
     pairs = zip(taus, sizes, strict=True)
     return jnp.concatenate([tau / jnp.sqrt(size) for tau, size in pairs])
 
@@ -233,21 +250,6 @@ def _divided(right: jax.Array, gram: jax.Array, ridge) -> jax.Array:
     return product(product(right, half), half.T)
 
 
-def after(values, *done: jax.Array):
-    """Values as they are, computed only when others are there.
-
-    A program holds what it computes until the last use. XLA for CPUs would compute the
-    deltas of all experts at once, and whatever follows from each of them, and drops
-    optimization barriers before it plans the memory. So the dependence is a real one:
-    a factor of 1, which a NaN that is already there would turn into another.
-    """
-    first = [jax.lax.optimization_barrier(x)[(0,) * x.ndim] for x in done]
-    if not first:
-        return values
-    gate = jnp.where(jnp.isnan(total(first)), jnp.nan, 1)
-    return jax.tree.map(lambda x: x * gate.astype(x.dtype), values)
-
-
 def _beside(u: jax.Array, tau: jax.Array, r: int):
     """The r leading directions of a delta that columns u leave; rounding gives none."""
     left, s, right = top_svd(tau - product(u, product(u.T, tau)), r)
@@ -255,9 +257,15 @@ def _beside(u: jax.Array, tau: jax.Array, r: int):
     return left * kept, s * kept, right * kept
 
 
-def _joined(factors):
-    """U, S, V of several approximations side by side."""
-    u, s, v = zip(*factors, strict=True)
+def _one_by_one(factor, taus: Deltas, start=()):
+    """U, S, V of an approximation of each delta side by side, behind those of `start`.
+
+    A delta waits for the singular values of the one before it.
+    """
+    found = list(start)
+    for tau in taus:
+        found.append(factor(after(tau, *(s for _, s, _ in found[-1:]))))
+    u, s, v = zip(*found, strict=True)
     return jnp.concatenate(u, 1), jnp.concatenate(s), jnp.concatenate(v, 1)
 
 
