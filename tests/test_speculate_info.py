@@ -37,7 +37,8 @@ def test_info_is_what_scoring_says(name):
         expected = jnp.where(new, getattr(scores, measure), 0)
         np.testing.assert_allclose(getattr(result.info, measure), expected, atol=1e-5)
     info = result.info
-    assert (info.offered.sum(-1) == info.drafted).all()
+    assert (info.tried[:, 0] == info.calls).all()
+    assert (info.tried[:, 1:] == info.taken[:, :-1]).all()
     assert (info.taken.sum(-1) == info.accepted).all()
     assert (info.drafted == 3 * info.calls).all()
     # all that was appended was accepted or the verifier's own, but for the last round

@@ -2,9 +2,8 @@
 
 A cascade asks the large model only where the small one is weak. As a law over tokens it
 is a pool of (large, small), so it composes like any other; as a target whose draft is
-the small model it costs no more than speculation and accepts more, because it lies
-between the two laws. p is the large model's law, q the small one's, and d their total
-variation.
+the small model (`reuse`) it costs no more than speculation does. p is the large model's
+law, q the small one's, and d their total variation.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -32,7 +31,8 @@ def total_variation(p: jax.Array, q: jax.Array) -> jax.Array:
 def defer(alpha) -> Pool:
     """The large model's law where the small one is too unsure: p or q, token by token.
 
-    `v = p if max q < max p - alpha d(p, q), else q`.
+    `v = p if max q < max p - alpha d(p, q), else q`. A draft of q is never rejected
+    where v is q.
 
     Args:
       alpha: cost of a rejection; 0 asks for the likelier of both best tokens.

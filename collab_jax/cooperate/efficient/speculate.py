@@ -32,8 +32,9 @@ class Info(NamedTuple):
     calls: jax.Array  # [B] int32, calls of the target while the row was unfinished
     drafted: jax.Array  # [B] int32, tokens (nodes) drafted
     accepted: jax.Array  # [B] int32, of these, accepted, also behind the row's end
-    offered: jax.Array  # [B, D] int32, rounds with a draft of at least 1, 2, .. tokens
-    taken: jax.Array  # [B, D] int32, rounds with at least 1, 2, .. accepted
+    # [B, D] int32, rounds in which an i-th token was drafted and all before it stayed
+    tried: jax.Array
+    taken: jax.Array  # [B, D] int32, of these, rounds in which it stayed as well
     logprob: jax.Array  # [B, L] of each new token in the target's law
     entropy: jax.Array  # [B, L] of that law, nats
 
@@ -168,6 +169,7 @@ def speculate(
             path = jnp.pad(verified.path + 1, ((0, 0), (1, 0)))
             inner = target.prune(inner, path, count)
         measure = law.entropy(logits)
+        deep = index[1:] <= _longest(draft)[:, None]  # 0 in rows that are done
         info = state.info
         return DecodeState(
             lm=inner,
@@ -184,9 +186,8 @@ def speculate(
                 info.calls + live,
                 info.drafted + draft.count,
                 info.accepted + jnp.where(live, verified.accepted, 0),
-                info.offered + (index[1:] <= _longest(draft)[:, None]),
-                info.taken
-                + (live[:, None] & (index[1:] <= verified.accepted[:, None])),
+                info.tried + (deep & (index[:-1] <= verified.accepted[:, None])),
+                info.taken + (deep & (index[1:] <= verified.accepted[:, None])),
                 slots.write(info.logprob, jnp.where(kept, logprob, 0.0), length),
                 slots.write(info.entropy, jnp.where(kept, measure, 0.0), length),
             ),
