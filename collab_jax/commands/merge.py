@@ -7,7 +7,7 @@ import click
 
 from collab_jax.commands import options
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "": 1}
 
 
@@ -133,7 +133,8 @@ def _keep_pages() -> None:
     """Lets glibc reuse the memory of a freed array, where it would give it back.
 
     Arrays of a few megabytes come and go by the thousand, and the kernel clears each
-    page anew: a second of a merge of 135M parameters. Elsewhere nothing happens.
+    page anew: half a second of a merge of 135M parameters. What is larger is given
+    back. Elsewhere nothing happens.
     """
     import ctypes
 
@@ -141,5 +142,6 @@ def _keep_pages() -> None:
         limit = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for parameter in M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
-        limit(parameter, 1 << 30)
+    limit(M_MMAP_THRESHOLD, 1 << 25)
+    limit(M_TRIM_THRESHOLD, 1 << 30)
+    limit(M_ARENA_MAX, 1)  # what one thread frees is there for all

@@ -152,7 +152,7 @@ def on_host(
 
     Args:
       arrays: K arrays of the piece's shape.
-      compute: (stretches, n, shape, *operands), where the stretches are array n of
+      compute: (stretches, n, shape, *operands): a list that it may clear, array n of
         the leaf of that shape, cut into flat arrays of NumPy. It returns a tree of
         arrays; in it, `Spread` becomes the stretch of the piece at hand.
       *operands: equal for all pieces.

@@ -64,6 +64,7 @@ def _axis(shape: tuple[int, ...], axis: int) -> int:
 
 def _of_leaf(stretches, shape, axis):
     values = np.concatenate(stretches).reshape(shape or (1,))
+    stretches.clear()  # of a large leaf they are a lot of memory
     axis = _axis(values.shape, axis)
     found = np.moveaxis(_by_numpy(np.moveaxis(values, axis, -1)), -1, axis)
     flat = np.ascontiguousarray(found).reshape(-1)
