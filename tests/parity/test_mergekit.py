@@ -79,13 +79,13 @@ GRID: dict[str, list[dict]] = {
 }
 
 
-def counts(name, few=False):
-    """How many deltas the method is tested with."""
+def counts(name):
+    """How many deltas the method takes; 1 to 5 where it takes any number."""
     if name in ("slerp", "nearswap", "arcee_fusion", "nuslerp"):
         return [2]
     if name == "passthrough":
         return [1]
-    return [2, 4] if few else [2 if name == "model_stock" else 1, 3, 5]
+    return [2, 3, 4, 5] if name == "model_stock" else [1, 2, 3, 4, 5]
 
 
 def draw(shape, count, seed):
@@ -246,11 +246,21 @@ def theirs(name, knobs, base, experts, dtype):
     return merged.to(torch.float64).numpy()
 
 
-def cases(name, with_base, shapes=SHAPES, few=False):
-    for count in counts(name, few):
-        for g, given in enumerate(GRID[name]):
+def cases(name, with_base, full, shapes=SHAPES):
+    """All knobs with all numbers of deltas.
+
+    Numbers in `full` meet all shapes with all knobs; the others meet each shape, but
+    take turns with the knobs.
+    """
+    grid, all_counts = GRID[name], counts(name)
+    some = max(2, -(-len(shapes) // len(grid)))  # shapes at a turn
+    for count in all_counts:
+        turns = count not in full and len(all_counts) > 1
+        for g, given in enumerate(grid):
             knobs, weights = resolve(name, given, count)
             for i, shape in enumerate(shapes):
+                if turns and (i - some * g - count) % len(shapes) >= some:
+                    continue
                 if not skip(name, shape):
                     base, experts = draw(shape, count, 100 * g + i)
                     base = base if with_base else None
@@ -282,7 +292,9 @@ both = pytest.mark.parametrize(("name", "with_base"), list(ways()))
 
 @both
 def test_float32(name, with_base):
-    for knobs, weights, base, experts in cases(name, with_base):
+    for knobs, weights, base, experts in cases(
+        name, with_base, (counts(name)[0], 3, 5)
+    ):
         found = ours(name, knobs, weights, base, experts, jnp.float32)
         expected = theirs(name, knobs, base, experts, torch.float32)
         inputs = experts if base is None else [base, *experts]
@@ -293,7 +305,7 @@ def test_float32(name, with_base):
 @both
 def test_float64(name, with_base):
     with jax.enable_x64(True):
-        for knobs, weights, base, experts in cases(name, with_base, few=True):
+        for knobs, weights, base, experts in cases(name, with_base, (2, 4)):
             found = ours(name, knobs, weights, base, experts, jnp.float64)
             expected = theirs(name, knobs, base, experts, torch.float64)
             inputs = experts if base is None else [base, *experts]
@@ -314,7 +326,7 @@ def test_bfloat16(name, with_base):
     That is also what it does itself for linear and slerp; the other methods it computes
     in bfloat16, with errors of several units.
     """
-    for knobs, weights, base, experts in cases(name, with_base, few=True):
+    for knobs, weights, base, experts in cases(name, with_base, (2, 4)):
         base = None if base is None else rounded(base)[0]
         experts = [rounded(expert)[0] for expert in experts]
         found = ours(name, knobs, weights, base, experts, jnp.bfloat16)
@@ -342,9 +354,9 @@ def test_compiled(name, with_base):
         return combine(part.apply(stack, "leaf", ()))
 
     seen = set()
-    shapes = ((64, 48),)
-    for knobs, weights, base, experts in cases(name, with_base, shapes, few=True):
-        if len(experts) > 2:
+    count = min(2, counts(name)[-1])
+    for knobs, weights, base, experts in cases(name, with_base, (), ((64, 48),)):
+        if len(experts) != count:
             continue
         own = METHODS[name].prepare(knobs, experts[0].shape)
         words = {k: v for k, v in own.items() if v is None or type(v) in (bool, str)}
