@@ -143,7 +143,9 @@ def speculate(
         pending = state.tokens[rows, length - 1]
         out, inner = target.score(params, state.lm, draft, pending)
         verified = verifier.verify(state.key, length, out, draft)
-
+        verified = verified._replace(  # no path is longer than the proposer says
+            tokens=verified.tokens[:, : depth + 1], path=verified.path[:, :depth]
+        )
         logits = out.logits
         if draft.parents is not None:
             logits = along(verified, logits)
