@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from collab_jax.commands import options
+from collab_jax.commands import drafting, options
 
 if TYPE_CHECKING:
     from collab_jax.decoder import Decoder
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     metavar="X",
     help="Beams are ranked by log-prob / length ** X.",
 )
+@drafting.draft
+@drafting.draft_length
+@drafting.verify
 @options.dtype
 @options.batch_size
 @click.option("--stream", is_flag=True, help="Print each token as it comes.")
@@ -70,6 +73,9 @@ def generate(
     seed: int,
     beams: int,
     length_penalty: float,
+    draft: str | None,
+    draft_length: int | None,
+    verify: str | None,
     dtype: str,
     batch_size: int,
     stream: bool,
@@ -82,12 +88,15 @@ def generate(
     collab-jax generate smollm2-135m-instruct --chat --prompt "Name three rivers."
     collab-jax generate gemma-3-270m --prompt Once --temperature 0.8 --top-p 0.95
     collab-jax generate gemma-3-270m --input prompts.jsonl --output out.jsonl
+    collab-jax generate gemma-3-270m --prompt "1 2 3 1 2 3" --draft ngram
 
     With --json, stdout is a list of objects with "prompt", "prompt_tokens", "tokens"
-    and "text".
+    and "text"; with --draft also "calls" of the model, "drafted" and "accepted" tokens.
     """
     sampling = options.Sampling(temperature, top_k, top_p, min_p)
     _agree(prompts, input_file, output, stream, as_json, beams, sampling, stops)
+    greedy = sampling.warps() is None
+    drafting.check_flags(draft, draft_length, verify, beams, greedy)
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     from collab_jax import records
@@ -102,6 +111,9 @@ def generate(
     from collab_jax.commands.opening import open_source
 
     opened = open_source(source, dtype, chat=chat, system=system)
+    drafter = None
+    if draft is not None:
+        drafter = drafting.open_drafter(draft, draft_length, verify, opened, dtype)
     settings = {
         "source": source,
         "model": opened.fingerprint(),
@@ -114,6 +126,7 @@ def generate(
         "seed": seed,
         "beams": beams,
         "length_penalty": length_penalty,
+        **({} if drafter is None else _told(drafter)),
         "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
     journal = None
@@ -128,15 +141,21 @@ def generate(
         from collab_jax.commands.strategy import Strategy, check_run, row_keys
 
         chosen = [texts[i] for i in todo]
-        check_run(opened, chosen, max_new_tokens, batch_size, beams)
-        strategy = Strategy(sampling, max_new_tokens, stops, beams, length_penalty)
+        check_run(opened, chosen, max_new_tokens, batch_size, beams, drafter)
+        strategy = Strategy(
+            sampling, max_new_tokens, stops, beams, length_penalty, drafter
+        )
         model = opened.load()
-        decoder = strategy.decoder(model.lm, opened.codec)
+        params, small = model.params, None
+        if drafter is not None:
+            small = drafter.opened.load() if drafter.opened else None
+            params = params, () if small is None else small.params
+        decoder = strategy.decoder(model.lm, opened.codec, small and small.lm)
         keys = row_keys(seed, todo)
         if stream:
             from collab_jax.commands.stream import print_streams
 
-            print_streams(opened.codec, model.params, decoder, chosen, stops, keys)
+            print_streams(opened.codec, params, decoder, chosen, stops, keys)
             return
 
         def keep(number: int, record: dict[str, Any]) -> None:
@@ -145,9 +164,9 @@ def generate(
             if journal is not None:
                 journal.append([{"index": index, **results[index]}])
 
-        _answer(
-            opened.codec, model.params, decoder, chosen, stops, keys, batch_size, keep
-        )
+        _answer(opened.codec, params, decoder, chosen, stops, keys, batch_size, keep)
+        if drafter is not None:
+            click.echo(drafting.told(list(results.values())), err=True)
     if journal is not None:
         found = journal.finish()
         click.echo(f"{len(found)} results in {output}", err=True)
@@ -183,6 +202,13 @@ def _agree(
         raise click.UsageError("--stop wants a text that is not empty")
 
 
+def _told(drafter: drafting.Drafter) -> dict[str, Any]:
+    """What of a draft decides the text."""
+    model = None if drafter.opened is None else drafter.opened.fingerprint()
+    name, length, verify, _ = drafter
+    return {"draft": [name, model], "draft_length": length, "verify": verify}
+
+
 def _with_text(record: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(record["prompt"], str):
         raise ValueError(f'"prompt" must be a text, found {record["prompt"]!r}')
@@ -206,6 +232,11 @@ def _answer(
     with progress("prompts", len(texts)) as advance:
 
         def report(number, reply):
+            counts = {
+                name: int(getattr(reply.info.info, name))
+                for name in ("calls", "drafted", "accepted")
+                if hasattr(reply.info.info, name)
+            }
             keep(
                 number,
                 {
@@ -215,6 +246,7 @@ def _answer(
                     "text": reply.text,
                     "logprob": reply.score,
                     "finish": reply.info.finish,
+                    **counts,
                 },
             )
             advance()

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from collab_jax import beam, decode, stop, warp
+from collab_jax.commands.drafting import Drafter
 from collab_jax.commands.opening import Opened, check_lengths
 from collab_jax.commands.options import Sampling
-from collab_jax.commands.plan import check
+from collab_jax.commands.plan import Plan, check
 from collab_jax.decoder import Decoder
 from collab_jax.lm import LM
 from collab_jax.respond import Codec, batches
@@ -23,9 +24,10 @@ class Strategy(NamedTuple):
     stops: tuple[str, ...]
     beams: int
     length_penalty: float
+    drafter: Drafter | None = None
 
-    def decoder(self, lm: LM, codec: Codec) -> Decoder:
-        """The decoder of an LM."""
+    def decoder(self, lm: LM, codec: Codec, drafting: LM | None = None) -> Decoder:
+        """The decoder of an LM; `drafting` is the model that drafts, if one does."""
         automaton = None
         if self.stops:
             assert codec.spelling is not None
@@ -40,6 +42,14 @@ class Strategy(NamedTuple):
                 **ends,
             )
         warps = self.sampling.warps()
+        if self.drafter is not None:
+            greedy, warps = warps is None, warps or ()
+            if drafting is not None:
+                same = (warp.greedy(),) if greedy else warps
+                drafting = warp.warp(drafting, *same)
+            return self.drafter.decoder(
+                warp.warp(lm, *warps), drafting, self.max_new_tokens, greedy, **ends
+            )
         if warps is None:
             return decode.greedy(lm, self.max_new_tokens, **ends)
         warped = warp.warp(lm, *warps) if warps else lm
@@ -57,7 +67,12 @@ def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
 
 
 def check_run(
-    opened: Opened, texts: Sequence[str], new: int, batch_size: int, beams: int
+    opened: Opened,
+    texts: Sequence[str],
+    new: int,
+    batch_size: int,
+    beams: int,
+    drafter: Drafter | None = None,
 ) -> None:
     """Refuses what cannot run, before the parameters are read; prints the plan.
 
@@ -77,7 +92,13 @@ def check_run(
     check_lengths(tokens, opened.config, new)
     first = batches([len(ids) for ids in tokens], batch_size)[0]
     rows, capacity = first.size * beams, first.width + new
-    needs = opened.plan(rows, capacity, wide=min(first.width, 128), read=1)
+    drafted = 0 if drafter is None else drafter.length
+    capacity, wide = capacity + drafted, min(first.width, 128)
+    needs = opened.plan(rows, capacity, wide=wide, read=1 + drafted)
+    if drafter is not None and drafter.opened is not None:
+        check_lengths(tokens, drafter.opened.config, new)
+        also = drafter.opened.plan(rows, capacity, wide=wide, read=1 + drafted)
+        needs = Plan(*(a + b for a, b in zip(needs, also, strict=True)))
     if beams > 1:  # beams move by copying the cache
         needs = needs._replace(cache=2 * needs.cache)
     check(needs)
