@@ -72,6 +72,7 @@ def describe(
     card: str | Callable[[Sequence[str]], str],
     vocabulary: "Vocabulary | None" = None,
     chat_template: str | None = None,
+    merged: Sequence[str] | None = None,
 ) -> list[str]:
     """Writes every file of the result but the weights and their index.
 
@@ -84,6 +85,8 @@ def describe(
       card: README.md, or what makes it of the notes.
       vocabulary: None where no tokenizer was asked for: the donor's files are copied.
       chat_template: "auto", a name, a template; None for that of the tokenizer's model.
+      merged: the models whose templates "auto" counts, None for all: not those that
+        only tokens are taken from.
 
     Returns:
       The notes: one line for each thing that a user should look at.
@@ -103,7 +106,8 @@ def describe(
     out, source = Path(out), Path(folders[donor])
     template = None
     if chat_template is not None:
-        template = choose_template(chat_template, [Path(f) for f in folders.values()])
+        counted = folders if merged is None else merged
+        template = choose_template(chat_template, [Path(folders[m]) for m in counted])
     config = read_json(source / "config.json")
     change = _change(shape, folders, donor, vocabulary)
     made, notes = result_config(config, change)

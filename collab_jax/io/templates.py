@@ -1,9 +1,10 @@
 """Chat templates: the well-known ones by name, and the one that most models have."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+from collab_jax.io.json_file import read_json
 
 # Written from the formats that the models' makers describe. Those that mergekit 0.1.5
 # writes for alpaca, exaone and llama3 have further spaces and line ends, which the
@@ -96,7 +97,7 @@ def read_template(folder: str | Path) -> str | None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         if not (folder / name).is_file():
             continue
-        found = json.loads((folder / name).read_text("utf-8")).get("chat_template")
+        found = read_json(folder / name).get("chat_template")
         if isinstance(found, list):  # of {"name": ..., "template": ...}
             named = {entry["name"]: entry["template"] for entry in found}
             found = named.get("default")
@@ -111,7 +112,8 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> str | None:
     Args:
       wanted: "auto", a name of `TEMPLATES`, or a template in Jinja.
       folders: of the models, in the order of the config. With "auto" it is the template
-        that most of them have, the first of these where several are as frequent.
+        that most of them have but for spaces around it, the first of these where
+        several are as frequent.
 
     Returns:
       The template; None for "auto" where no model has one.
@@ -127,7 +129,7 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> str | None:
     mistral nor a template in Jinja
     """
     if wanted == "auto":
-        found = [t for t in map(read_template, folders) if t is not None]
+        found = [t.strip() for t in map(read_template, folders) if t is not None]
         return Counter(found).most_common(1)[0][0] if found else None
     if wanted in TEMPLATES:
         return TEMPLATES[wanted]

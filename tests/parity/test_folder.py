@@ -80,6 +80,34 @@ def test_same_as_theirs(tmp_path, folders, source, template):
     assert said[0] == said[1]
 
 
+def test_auto_counts_the_merged_models(tmp_path, folders):
+    """Not the one that the tokenizer alone is from; spaces around a template go."""
+    named = {}
+    for name, template in {
+        "m": "2",
+        "n": " {{ 1 }}\n",
+        "k": "{{ 1 }}",
+        "x": "2",
+    }.items():
+        made = first()
+        made.chat_template = template
+        named[name] = Path(write_llama(tmp_path / name, made, ord(name)))
+    models = [{"model": str(named[n]), "parameters": {"weight": 0.5}} for n in "nk"]
+    keys = {"merge_method": "task_arithmetic", "models": models}
+    keys |= {"base_model": str(named["m"]), "tokenizer_source": str(named["x"])}
+    want = theirs(tmp_path / "theirs", folders, **keys, chat_template="auto")
+    members = [Member(n, f, len(load_tokenizer(f))) for n, f in named.items()]
+    made = vocabulary(members, "m", Wish("x"))
+    said = []
+    for counted in ("mnk", None):
+        out = tmp_path / f"ours {counted}"
+        out.mkdir()
+        describe(out, named, "m", Shape(), "", "", made, "auto", counted)
+        said.append(load_tokenizer(out).chat_template)
+    assert said[0] == load_tokenizer(want).chat_template == "{{ 1 }}"
+    assert said[1] == "2"  # the control: all that are named
+
+
 def test_their_special_tokens_are_left_behind(tmp_path, folders):
     """A quirk: under another tokenizer mergekit keeps the donor's ids. Ours move."""
     keys = arithmetic(folders) | {"tokenizer_source": str(folders["b"])}
