@@ -154,25 +154,43 @@ def test_schedules_of_tracers():
     assert (gradient != 0).all()
 
 
-def test_weights_of_the_karcher_mean():
-    """Forward: its iterations are a while loop, which has no reverse gradient."""
-    base, experts, target = models(2)
-    part = averages.karcher_mean()
+@pytest.mark.parametrize("max_iter", [0, 1, 100])
+def test_karcher_mean(max_iter):
+    """Of the weights and of the models, also where the steps are cut short."""
+    part = averages.karcher_mean(max_iter)
+    gradient = check(lambda v: (part, list(v)), WEIGHTS, with_base=False)
+    assert (abs(gradient) > 1e-3).all()
+    _, experts, target = models(3)
+    rows = [expert["layers_0"] for expert in experts]
 
     @jax.jit
-    def loss(weights):
-        merged = merge(part, None, experts, list(weights))
-        return sum(
-            jnp.sum(leaf * t) for leaf, t in zip(
-                jax.tree.leaves(merged), jax.tree.leaves(target), strict=True)
-        )  # fmt: skip
+    @jax.value_and_grad
+    def both(rows):
+        merged = merge(part, None, [{"a": row} for row in rows], WEIGHTS)
+        return jnp.sum(jnp.sin(merged["a"]) * target["layers_0"])
 
-    del base
-    at = jnp.array([0.7, 0.4])
-    forward = jax.jacfwd(loss)(at)
-    for i in range(2):
-        slope = (loss(at.at[i].add(1e-5)) - loss(at.at[i].add(-1e-5))) / 2e-5
-        np.testing.assert_allclose(forward[i], slope, rtol=1e-5, atol=1e-5)
+    slope = both(rows)[1]
+    for n in range(3):
+        up, down = (
+            both([r + s * (i == n) * target["layers_1"] for i, r in enumerate(rows)])[0]
+            for s in (STEP, -STEP)
+        )
+        along = jnp.sum(slope[n] * target["layers_1"])
+        np.testing.assert_allclose(along, (up - down) / (2 * STEP), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scales", [(1, 1, 1), (1, 1, 0), (0, 0, 0), (1, -1, 1)])
+def test_karcher_mean_of_models_that_do_not_pull(scales):
+    """Equal ones, zeros, opposite ones: no NaN."""
+    row = models(1)[0]["layers_0"]
+
+    def loss(weights, scales):
+        experts = [{"a": s * row} for s in scales]
+        return merge(averages.karcher_mean(), None, experts, list(weights))["a"].sum()
+
+    scales = jnp.asarray(scales, jnp.float64)
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(WEIGHTS), scales)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_the_check_can_fail():

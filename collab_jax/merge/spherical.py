@@ -147,7 +147,8 @@ def karcher_weights(
     Args:
       distances: `[N, N]`, see `squared_distances`.
       shares: `[N]`, at least 0 and not all 0; vectors of share 0 have no part in it.
-      max_iter: steps at most, a number or tracer.
+      max_iter: steps at most, a number or tracer; with a number, the weights have
+        gradients: those of the steps that are taken.
       tol: vectors at a smaller angle do not pull, nor do those that are opposite, to
         which no shortest way leads; a number or tracer.
 
@@ -160,8 +161,7 @@ def karcher_weights(
     shares = shares / shares.sum()
 
     def length(v):
-        square = v.sum() ** 2 - v @ (distances * 0.5) @ v
-        return jnp.sqrt(jnp.where(square > 0, square, 0))
+        return root(v.sum() ** 2 - v @ (distances * 0.5) @ v)
 
     def normalised(v, otherwise):
         size = length(v)
@@ -171,8 +171,9 @@ def karcher_weights(
         i, mean, _ = state
         gap = 1 - mean.sum() + 0.5 * (distances @ mean)  # 1 - cosine to each vector
         gap = jnp.clip(gap, 0, 2)
-        theta = 2 * jnp.arcsin(jnp.sqrt(gap / 2))
         opposite = 2 - gap <= 8 * jnp.finfo(gap.dtype).eps
+        # the angle has no slope at its ends, which a mask behind it would not remove
+        theta = 2 * jnp.arcsin(root(jnp.where(opposite, 0, gap) / 2))
         still = (theta < tol) | opposite
         sine = jnp.where(still, 1, jnp.sin(theta))
         pull = jnp.where(still, 0, shares * theta / sine)
@@ -185,8 +186,15 @@ def karcher_weights(
 
     first = jnp.zeros_like(shares).at[jnp.argmax(shares > 0)].set(1)
     start = jnp.asarray(0), normalised(shares, first), jnp.asarray(False)
-    loop = jax.lax.while_loop(lambda s: (s[0] < max_iter) & ~s[2], step, start)
-    return loop[1]
+    if not isinstance(max_iter, int):
+        loop = jax.lax.while_loop(lambda s: (s[0] < max_iter) & ~s[2], step, start)
+        return loop[1]
+
+    def unless_done(state, _):
+        return jax.lax.cond(state[2], lambda state: state, step, state), None
+
+    # as the other loop, but it can be run backwards
+    return jax.lax.scan(unless_done, start, None, max_iter)[0][1]
 
 
 def karcher(deltas: Sequence[jax.Array], max_iter=10, tol=1e-5) -> list[jax.Array]:
