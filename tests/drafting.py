@@ -1,8 +1,21 @@
-"""Plays rounds with a proposer whose drafts are right or wrong at random."""
+"""The proposers without a model, and rounds whose drafts are right at random."""
 
 import jax
 import numpy as np
 
+from collab_jax.cooperate.efficient.adaptive import adaptive
+from collab_jax.cooperate.efficient.ngram import ngram, prompt_lookup
+from collab_jax.cooperate.efficient.recycle import recycle
+from collab_jax.cooperate.efficient.suffix import suffix
+
+# vocabulary -> a proposer of chains; small tables
+PROPOSERS = {
+    "ngram": lambda vocab: ngram(4),
+    "prompt lookup": lambda vocab: prompt_lookup(4),
+    "adaptive": lambda vocab: adaptive(4, 3, 64),
+    "suffix": lambda vocab: suffix(4, 6, occurrences=8),
+    "recycle": lambda vocab: recycle(4, vocab),
+}
 ROOM = 40  # tokens that a played text may grow by
 
 

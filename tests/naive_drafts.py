@@ -1,5 +1,6 @@
 """Drafts without a model, in plain Python: the oracles of the draft-free proposers."""
 
+import itertools
 from collections import Counter, defaultdict
 
 ONE = 1 << 15
@@ -119,3 +120,38 @@ def suffix(text, size, depth, factor, offset, threshold, occurrences):
         if score > 0 and score >= best_score:
             best, best_score = grown[end:], score
     return best
+
+
+def first_lists(prompt):
+    """The last next token of every token of the prompt."""
+    return {a: [b] for a, b in itertools.pairwise(prompt)}
+
+
+def recycle(lists, pending, paths):
+    """The nodes of the tree whose token is known: [(token, path)]."""
+    token = {(): pending}
+    for path in paths:
+        above = lists.get(token.get(path[:-1]), [])
+        if len(above) > path[-1]:
+            token[path] = above[path[-1]]
+    return [(token[path], path) for path in paths if path in token]
+
+
+def read(lists, tokens, kept, logits, width):
+    """Every token that was read gets a new list; kept ones have the last word.
+
+    Args:
+      lists: changed in place.
+      tokens: the pending one, then the nodes.
+      kept: places of the pending one and the accepted ones, in order.
+      logits: behind every token.
+      width: R.
+    """
+    order = [i for i in range(len(tokens)) if i not in kept] + list(kept)
+    old = {token: list(lists.get(token, [])) for token in tokens}
+    for i in order:
+        row = logits[i]
+        best = sorted(range(len(row)), key=lambda v: (-row[v], v))[:width]
+        new = [v for v in best if row[v] > -float("inf")]
+        rest = [v for v in old[tokens[i]] if v not in new]
+        lists[tokens[i]] = (new + rest)[:width]

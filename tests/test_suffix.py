@@ -38,7 +38,7 @@ def test_suffix_is_its_twin(settings, alphabet):
 
 
 def draft_of(text, **rest):
-    proposer = suffix(4, max_spec_offset=4.0, **rest)
+    proposer = suffix(4, **rest)
     text, length = jnp.array([text]), jnp.array([len(text)])
     draft, _ = proposer.propose((), (), text, length, None)
     return draft.tokens[0, : int(draft.count[0])].tolist()
