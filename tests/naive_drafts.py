@@ -155,3 +155,48 @@ def read(lists, tokens, kept, logits, width):
         new = [v for v in best if row[v] > -float("inf")]
         rest = [v for v in old[tokens[i]] if v not in new]
         lists[tokens[i]] = (new + rest)[:width]
+
+
+class Lookahead:
+    """One row of lookahead decoding, with lists and dictionaries."""
+
+    def __init__(self, prompt, window, order, guesses):
+        self.size, self.levels, self.guesses = window, order - 1, guesses
+        self.window = [
+            [prompt[(i + w) % len(prompt)] for w in range(window)]
+            for i in range(order - 1)
+        ]
+        self.pool = defaultdict(list)
+        for i in range(len(prompt) - order + 1):
+            self.keep(prompt[i : i + order])
+
+    def keep(self, gram):
+        """To the front of the list of its first token."""
+        found = self.pool[gram[0]]
+        new = tuple(gram[1:])
+        self.pool[gram[0]] = [new, *(old for old in found if old != new)]
+        del self.pool[gram[0]][self.guesses :]
+
+    def paths(self, pending):
+        """The path of tokens of every node: those of the pool, then the window."""
+        found = [
+            tuple(gram[: i + 1])
+            for gram in self.pool[pending]
+            for i in range(self.levels)
+        ]
+        for i in range(self.levels):
+            for w in range(self.size):
+                chain = [self.window[j][w] for j in range(1, i + 1)]
+                found.append(tuple(self.window[0][: w + 1] + chain))
+        return found
+
+    def hear(self, said, count):
+        """What the target said behind the last W nodes; count more tokens stand."""
+        grown = [*self.window, said]
+        for w in range(self.size):
+            self.keep([row[w] for row in grown])
+        last = self.size - 1
+        self.window = [
+            [row[min(w + count - 1, last)] for w in range(self.size)]
+            for row in grown[1:]
+        ]

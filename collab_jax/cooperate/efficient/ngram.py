@@ -61,7 +61,7 @@ def agreement(tokens: jax.Array, length: jax.Array, longest: int) -> jax.Array:
     return count
 
 
-def ngram(length: int, longest: int = 3, shortest: int = 1) -> Proposer:
+def ngram(length: int, longest: int = 8, shortest: int = 1) -> Proposer:
     """Copies what followed the latest of the longest matches.
 
     With j the latest slot of the largest `a_j` and `d = l - j` its distance from the

@@ -175,18 +175,8 @@ def recycle_tree(paths: Sequence[Sequence[int]], vocab: int) -> Proposer:
             found = state.next[rows, jnp.maximum(above, 0), rank]
             nodes.append(jnp.where(above < 0, -1, found))
         found = jnp.stack(nodes[1:], axis=1)
-        known = found >= 0
-        order = jnp.argsort(~known, axis=1, stable=True)  # [B, N], the known ones first
-        place = jnp.pad(
-            jnp.argsort(order, axis=1), ((0, 0), (1, 0)), constant_values=-1
-        )
-        above = jnp.asarray(parents, jnp.int32)[order] + 1
-        draft = Draft(
-            jnp.maximum(jnp.take_along_axis(found, order, axis=1), 0),
-            known.sum(1, dtype=jnp.int32),
-            None,
-            jnp.take_along_axis(place, above, axis=1).astype(jnp.int32),
-        )
+        above = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), found.shape)
+        draft = known_first(found, above, found >= 0)
         return draft, state._replace(pending=pending)
 
     def observe(params, state, verified):
@@ -207,6 +197,34 @@ def recycle_tree(paths: Sequence[Sequence[int]], vocab: int) -> Proposer:
         return state._replace(next=state.next.at[rows, place].set(merged, mode="drop"))
 
     return Proposer(init, propose, observe, size, depth)
+
+
+def known_first(tokens: jax.Array, parents: jax.Array, known: jax.Array) -> Draft:
+    """A tree without the nodes that are not known; the others keep their order.
+
+    Args:
+      tokens: `[B, N]` int32.
+      parents: `[B, N]` int32, smaller than the node's own index; -1 for a root.
+      known: `[B, N]` bool; the parent of a known node is known.
+
+    Returns:
+      A one-hot tree of `known.sum(1)` nodes.
+
+    >>> known = jnp.array([[False, True, False, True]])
+    >>> tokens, parents = jnp.array([[6, 7, 8, 9]]), jnp.array([[-1, -1, 0, 1]])
+    >>> draft = known_first(tokens, parents, known)
+    >>> draft.tokens[0, :2].tolist(), draft.parents[0, :2].tolist(), draft.count[0]
+    ([7, 9], [-1, 0], Array(2, dtype=int32))
+    """
+    order = jnp.argsort(~known, axis=1, stable=True)
+    place = jnp.pad(jnp.argsort(order, axis=1), ((0, 0), (1, 0)), constant_values=-1)
+    above = jnp.take_along_axis(parents, order, axis=1) + 1
+    return Draft(
+        jnp.maximum(jnp.take_along_axis(tokens, order, axis=1), 0),
+        known.sum(1, dtype=jnp.int32),
+        None,
+        jnp.take_along_axis(place, above, axis=1).astype(jnp.int32),
+    )
 
 
 def check_paths(paths: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
