@@ -316,10 +316,12 @@ def test_a_disk_that_fills_up(place, tmp_path, monkeypatch):
 
 
 def test_an_input_that_vanishes(place, tmp_path):
+    """Nothing is left, nor are folders above the result that the run has made."""
     recipe = files.prepare(LINEAR)
     (tmp_path / "b/model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"b/model\.safetensors"):
-        files.run(recipe, "out")
+    for out in ("out", "x/y/out"):
+        with pytest.raises(OSError, match=r"b/model\.safetensors"):
+            files.run(recipe, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 

@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,37 +169,50 @@ def run(
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: a merge is written to a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-    )
-    held = FileLock(partial / "lock")
-    try:
-        held.acquire(timeout=0)
-        results: dict[str, Source] = {}
-        notes: list[str] = []
-        for number, each in enumerate(recipe.stages):
-            last = number == len(recipe.stages) - 1
-            folder = partial / ("result" if last else f"stage-{number}")
-            folder.mkdir()
-            known = dict(recipe.sources)
-            for key, name in each.earlier.items():
-                known[key] = results[name]
-            notes += _stage(
-                recipe, each, known, folder, out.name, seed, command,
-                max_shard_size, workers, progress,
-            )  # fmt: skip
-            if each.name is not None and not last:
-                results[each.name] = open_folder(folder)
-        (partial / "result").chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial / "result", out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        held.release()
+    with _parents(out):
+        _remove_stale(out)
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+        )
+        held = FileLock(partial / "lock")
+        try:
+            held.acquire(timeout=0)
+            results: dict[str, Source] = {}
+            notes: list[str] = []
+            for number, each in enumerate(recipe.stages):
+                last = number == len(recipe.stages) - 1
+                folder = partial / ("result" if last else f"stage-{number}")
+                folder.mkdir()
+                known = dict(recipe.sources)
+                for key, name in each.earlier.items():
+                    known[key] = results[name]
+                notes += _stage(
+                    recipe, each, known, folder, out.name, seed, command,
+                    max_shard_size, workers, progress,
+                )  # fmt: skip
+                if each.name is not None and not last:
+                    results[each.name] = open_folder(folder)
+            (partial / "result").chmod(0o755)
+            if out.exists():
+                out.rmdir()
+            os.replace(partial / "result", out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            held.release()
     return list(dict.fromkeys(notes))
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Makes the folders above the result; those that stay empty go again."""
+    missing = [path for path in out.parents if not path.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
 
 
 def _stage(
@@ -233,7 +246,7 @@ def _stage(
 
     notes = describe(
         folder, folders, each.donor, Shape(dtype=each.out_dtype or each.dtype),
-        recipe.text, text, vocabulary, each.chat_template,
+        recipe.text, text, vocabulary, each.chat_template, list(each.models),
     )  # fmt: skip
     path = folder / "config.json"
     config = edited(json.loads(path.read_text("utf-8")), each.config)

@@ -53,19 +53,26 @@ def cost(job: Job) -> int:
         # what is stored, and a few pieces in the working precision
         piece = min(size, split.SIZES[0]) * job.working * (2 * count + 4)
         return size * job.dtype.itemsize * (count + 2) + piece * (job.part is not None)
-    return size * job.working * (count + 3)
+    return size * job.working * _tensors(job)
 
 
 def limit(jobs: Sequence[Job]) -> int:
     """Bytes that a merge needs at most beside its programs: of its largest tensor.
 
-    `max_leaf size * working * (N + 3)`
+    `max_leaf size * working * (N + 3)`, and for methods that see matrices 2 N + 6.
 
     >>> limit([])
     0
     """
-    sizes = (math.prod(j.shape) * j.working * (len(j.weights) + 3) for j in jobs)
+    sizes = (math.prod(job.shape) * job.working * _tensors(job) for job in jobs)
     return max(sizes, default=0)
+
+
+def _tensors(job: Job) -> int:
+    """Arrays of a leaf's size that exist at the same time, in the working precision."""
+    count = len(job.weights)
+    simple = job.part is None or job.part.flat or job.part.hosted
+    return count + 3 if simple else 2 * count + 6
 
 
 def _in_phases(part: Transform) -> bool:
