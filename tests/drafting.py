@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from collab_jax.cooperate.efficient.adaptive import adaptive
+from collab_jax.cooperate.efficient.lookahead import lookahead
 from collab_jax.cooperate.efficient.ngram import ngram, prompt_lookup
-from collab_jax.cooperate.efficient.recycle import recycle
+from collab_jax.cooperate.efficient.recycle import grow, recycle, recycle_tree
 from collab_jax.cooperate.efficient.suffix import suffix
 
 # vocabulary -> a proposer of chains; small tables
@@ -15,6 +16,11 @@ PROPOSERS = {
     "adaptive": lambda vocab: adaptive(4, 3, 64),
     "suffix": lambda vocab: suffix(4, 6, occurrences=8),
     "recycle": lambda vocab: recycle(4, vocab),
+}
+# the same, of trees
+TREES = {
+    "recycled tree": lambda vocab: recycle_tree(grow(12, [0.5, 0.3]), vocab),
+    "lookahead": lambda vocab: lookahead(vocab, 3, 3, 2),
 }
 ROOM = 40  # tokens that a played text may grow by
 

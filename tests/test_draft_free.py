@@ -1,4 +1,4 @@
-"""Every proposer without a model, in the loop: greedy text, and rows."""
+"""Every proposer without a model, in the loop: the tokens of plain decoding."""
 
 import functools
 
@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 import speculation as spec
-from drafting import PROPOSERS
+from drafting import PROPOSERS, TREES
 from speculation import PARAMS, PROMPTS, WARPED, draws, new_tokens
 
 from collab_jax import decode, lm, warp
+from collab_jax.cooperate.efficient import tree
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.models import transformer
@@ -49,10 +50,12 @@ def greedy_text(eos):
 
 
 def rounds(model, name, new, vocab, **rest):
-    return speculate(on_lm(model, chunk=3), PROPOSERS[name](vocab), new, **rest)
+    verifier = tree.sampled() if name in TREES else None
+    proposer = (PROPOSERS | TREES)[name](vocab)
+    return speculate(on_lm(model, chunk=3), proposer, new, verifier=verifier, **rest)
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", PROPOSERS | TREES)
 def test_greedy_text_is_that_of_plain_decoding(name):
     """Ragged prompts; ends in the first block, in the middle, at the limit."""
     model, params = small()
@@ -68,33 +71,13 @@ def test_greedy_text_is_that_of_plain_decoding(name):
     assert 4 < new[2] < 32
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
-def test_a_row_does_not_depend_on_its_batch_or_padding(name):
-    decoder = rounds(WARPED, name, 12, spec.VOCAB, eos=[4])
-    params = PARAMS[0], ()
-    together = draws(decoder, params)
-    program = decode.compile(lambda _: decoder)
-    keys = jax.random.split(jax.random.key(5), len(PROMPTS))
-    for row, prompt in enumerate(PROMPTS):
-        padded = decode.pad([prompt], multiple=16)
-        alone = program(None, params, *padded, keys[row : row + 1])
-        assert new_tokens(together, row) == new_tokens(alone, 0)
-    assert program._cache_size() == 1
-
-
-def test_a_run_resumes_from_its_text():
-    """The tables of a row are a function of what stands in it."""
-    decoder = rounds(WARPED, "adaptive", 12, spec.VOCAB)
-    params, prompts = (PARAMS[0], ()), [[1, 2, 3, 1, 2], [0, 4, 4, 0]]
-    whole = draws(decoder, params, prompts)
-    keys = jax.random.split(jax.random.key(5), 2)
-    state = jax.jit(decoder.init)(params, *decode.pad(prompts), keys)
-    step = jax.jit(decoder.step)
-    state = step(params, step(params, state))
-    texts = [
-        np.asarray(state.tokens)[b, : int(state.length[b])].tolist() for b in range(2)
-    ]
-    again = draws(decoder, params, texts)
-    for row in range(2):
-        rest = new_tokens(whole, row)[int(state.length[row]) - len(prompts[row]) :]
-        assert new_tokens(again, row)[: len(rest)] == rest
+@pytest.mark.parametrize("eos", [(), (4,)])
+@pytest.mark.parametrize("name", TREES)
+def test_trees_give_the_tokens_of_plain_sampling(name, eos):
+    """Token for token with the same keys, in rows that end anywhere."""
+    params = PARAMS[0]
+    expected = draws(decode.sample(WARPED, 12, chunk=3, eos=eos), params)
+    found = draws(rounds(WARPED, name, 12, spec.VOCAB, eos=eos), (params, ()))
+    for row in range(len(PROMPTS)):
+        assert new_tokens(found, row) == new_tokens(expected, row)
+    assert found.info.accepted.sum() > 3
