@@ -3,11 +3,13 @@
 Speculative decoding is three independent choices, each a value of pure functions:
 
 - `draft`: what a `Proposer` returns and hears (`Draft`, `Verified`); `draft_model`
-  makes a proposer of any LM, `stopping` ends its drafts early;
+  makes a proposer of any LM, `stopping` ends its drafts early; without a model draft
+  `ngram`, `adaptive` and `suffix` from the text, `recycle` and `lookahead` from what
+  the target said before;
 - `target`: the law that the text is to follow (`Target`); `on_lm` makes one of any LM,
   `reuse` one in which the draft is a member, `cascade` has laws between the two;
 - `verify`: the coupling of both (`Verifier`), with its law, `outcomes`; `coupled` gives
-  the tokens of plain sampling, `tree` verifies trees.
+  the tokens of plain sampling, `exact` those of greedy decoding, `tree` verifies trees.
 
 `speculate` joins them to a `Decoder`, one jitted loop over ragged batches; `theory`
 says what it is worth, and how long drafts should be.
