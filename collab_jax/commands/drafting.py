@@ -43,6 +43,7 @@ class Drafter(NamedTuple):
     length: int  # K
     verify: str
     opened: "Opened | None"  # None: no model
+    longest: int = 0  # tokens of a text, at most
 
     def decoder(
         self,
@@ -71,9 +72,10 @@ class Drafter(NamedTuple):
 
         if lm is not None:
             return draft_lm(lm, self.length)
+        slots = 1 << max(13, self.longest.bit_length())
         known: tuple[Callable[[int], Proposer], ...] = (
             ngram.ngram,
-            adaptive.adaptive,
+            lambda length: adaptive.adaptive(length, slots=slots),
             suffix.suffix,
         )
         return dict(zip(TEXT, known, strict=True))[self.name](self.length)
@@ -131,16 +133,21 @@ def open_drafter(
       FileNotFoundError: where there is no such model.
       ValueError: for a model of another tokenizer.
 
-    >>> open_drafter("ngram", None, None, None, "float32").length
+    >>> from types import SimpleNamespace
+    >>> target = SimpleNamespace(config=SimpleNamespace(context=2048))
+    >>> open_drafter("ngram", None, None, target, "float32").length
     5
     """
+    drafter = Drafter(
+        draft, length or LENGTH, verify or VERIFIERS[0], None, target.config.context
+    )
     if draft in TEXT:
-        return Drafter(draft, length or LENGTH, verify or VERIFIERS[0], None)
+        return drafter
     from collab_jax.commands.opening import open_source
 
     opened = open_source(draft, dtype)
     _check_tokens(draft, opened, target)
-    return Drafter(draft, length or LENGTH, verify or VERIFIERS[0], opened)
+    return drafter._replace(opened=opened)
 
 
 def _check_tokens(source: str, drafter: "Opened", target: "Opened") -> None:

@@ -205,8 +205,11 @@ def _agree(
 def _told(drafter: drafting.Drafter) -> dict[str, Any]:
     """What of a draft decides the text."""
     model = None if drafter.opened is None else drafter.opened.fingerprint()
-    name, length, verify, _ = drafter
-    return {"draft": [name, model], "draft_length": length, "verify": verify}
+    return {
+        "draft": [drafter.name, model],
+        "draft_length": drafter.length,
+        "verify": drafter.verify,
+    }
 
 
 def _with_text(record: dict[str, Any]) -> dict[str, Any]:
