@@ -123,8 +123,8 @@ class Decoder(nn.Module):
         # the factor is rounded to the type of the weights, as in training
         return x * jnp.asarray(self.config.embed_scale, x.dtype)
 
-    def features(self, state, x, parents, taps):
-        """Runs the layers; see `transformer`."""
+    def features(self, state, x, parents, taps, first, last):
+        """Runs the layers first .. last - 1; see `transformer`."""
         c, count = self.config, x.shape[1]
         length = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.length
         size = count if state is None else state.k[0].shape[2]
@@ -141,12 +141,13 @@ class Decoder(nn.Module):
             for rotary in dict.fromkeys(c.rotary)
             if rotary is not None
         }
-        if c.learned_positions:
+        if c.learned_positions and first == 0:
             x = x + self.positions(places)
-        seen = {"hidden.0": x}
+        seen = {f"hidden.{first}": x}
         caches = []
-        for i, block in enumerate(self.layers):
-            cache = None if state is None else (state.k[i], state.v[i])
+        for i in range(first, last):
+            block, own = self.layers[i], i - first
+            cache = None if state is None else (state.k[own], state.v[own])
             rotary = c.rotary[i]
             angles = None if rotary is None else turns[rotary]
             with jax.named_scope(f"layer_{i}"):
@@ -172,7 +173,8 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter, for `init`."""
-        features, _ = self.features(None, self.embedding(tokens), None, ())
+        x, count = self.embedding(tokens), self.config.layers
+        features, _ = self.features(None, x, None, (), 0, count)
         return self.unembed(features.hidden)
 
 
@@ -196,7 +198,11 @@ def init(key: jax.Array, config: Config, dtype: Any = jnp.float32) -> Params:
     return jax.jit(lambda key: module.init(key, tokens)["params"])(key)
 
 
-def transformer(config: Config, taps: tuple[str, ...] = ()) -> Backbone:
+def transformer(
+    config: Config,
+    taps: tuple[str, ...] = (),
+    layers: tuple[int, int] | None = None,
+) -> Backbone:
     """The `Backbone` of a decoder transformer; its LM is `language_model` of it.
 
     Args:
@@ -204,12 +210,15 @@ def transformer(config: Config, taps: tuple[str, ...] = ()) -> Backbone:
       taps: what `Features.taps` shows. "hidden.0" is the embedding after scaling,
         "hidden.i" the output of layer i (counted from 1), both `[B, T, W]`;
         "attention.i" the weights of layer i, mean over heads, `[B, T, S]` float32.
+      layers: (first, last) for a part of the model: the layers first + 1 to last, which
+        maps "hidden.first" to the last norm of "hidden.last"; None for all. Its
+        parameters are the whole model's.
 
     Returns:
       A Backbone. Its state is a `KVCache`, or None for a text read alone.
 
     Raises:
-      ValueError: for a tap that the model does not have.
+      ValueError: for layers or a tap that the model does not have.
 
     >>> from collab_jax.lm import language_model
     >>> from collab_jax.models.config import from_hf
@@ -221,19 +230,28 @@ def transformer(config: Config, taps: tuple[str, ...] = ()) -> Backbone:
     >>> out.logits.shape, out.features.taps["hidden.1"].shape, state.length.tolist()
     ((1, 3, 10), (1, 3, 8), [3])
     """
-    known = [f"hidden.{i}" for i in range(config.layers + 1)]
-    known += [f"attention.{i + 1}" for i in range(config.layers)]
+    first, last = (0, config.layers) if layers is None else layers
+    if not 0 <= first < last <= config.layers:
+        raise ValueError(
+            f"layers = {layers}: 0 <= first < last <= {config.layers} is expected, the "
+            "layers that the model has"
+        )
+    known = [f"hidden.{i}" for i in range(first, last + 1)]
+    known += [f"attention.{i + 1}" for i in range(first, last)]
     wrong = [tap for tap in taps if tap not in known]
     if wrong:
         raise ValueError(
             f"unknown taps {wrong}; a model of {config.layers} layers has "
-            f"hidden.0 to hidden.{config.layers} and attention.1 to "
-            f"attention.{config.layers}"
+            f"hidden.{first} to hidden.{last} and attention.{first + 1} to "
+            f"attention.{last}"
         )
     module = Decoder(config)
 
     def apply(params: Params, method: Callable, *args: Any) -> Any:
         return module.apply({"params": params}, *args, method=method)
+
+    def run(params: Params, state: KVCache | None, x: jax.Array, parents: Any):
+        return apply(params, Decoder.features, state, x, parents, taps, first, last)
 
     def start(params: Params, batch: int, capacity: int) -> KVCache:
         _check_reach(config, capacity)
@@ -241,7 +259,7 @@ def transformer(config: Config, taps: tuple[str, ...] = ()) -> Backbone:
         dtype = jax.tree.leaves(params["embed"])[0].dtype
 
         def buffers():
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+            return tuple(jnp.zeros(shape, dtype) for _ in range(first, last))
 
         return KVCache(buffers(), buffers(), jnp.zeros(batch, jnp.int32))
 
@@ -251,13 +269,13 @@ def transformer(config: Config, taps: tuple[str, ...] = ()) -> Backbone:
     def features(params: Params, state: KVCache | None, x: jax.Array):
         if state is None:
             _check_reach(config, x.shape[1])
-        out, state = apply(params, Decoder.features, state, x, None, taps)
+        out, state = run(params, state, x, None)
         if state is not None:
             state = state._replace(length=state.length + x.shape[1])
         return out, state
 
     def branch(params: Params, state: KVCache, x: jax.Array, parents: jax.Array):
-        return apply(params, Decoder.features, state, x, parents, taps)
+        return run(params, state, x, parents)
 
     def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return apply(params, Decoder.unembed, hidden)

@@ -7,7 +7,8 @@ Speculative decoding is three independent choices, each a value of pure function
   `ngram`, `adaptive` and `suffix` from the text, `recycle` and `lookahead` from what
   the target said before;
 - `target`: the law that the text is to follow (`Target`); `on_lm` makes one of any LM,
-  `reuse` one in which the draft is a member, `cascade` has laws between the two;
+  `reuse` one in which the draft is a member, `early_exit` one that goes on from the
+  draft's layers, `cascade` has laws between the two;
 - `verify`: the coupling of both (`Verifier`), with its law, `outcomes`; `coupled` gives
   the tokens of plain sampling, `exact` those of greedy decoding, `tree` verifies trees.
 
