@@ -52,7 +52,8 @@ def test_commands_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
     _, name, *arguments = shlex.split(line)
-    with click.Context(cli) as context:
+    # a command keeps the spelling of help that its first context had
+    with click.Context(cli, **cli.context_settings) as context:
         command = cli.get_command(context, name)
         assert command is not None, f"no command {name}"
         command.make_context(name, arguments, parent=context)
