@@ -79,7 +79,8 @@ def test_the_folder_of_a_file_is_made_once(tmp_path, monkeypatch):
     path, _ = llama_file(tmp_path, "qwen2")
     folder = hub.fetch(path)
     assert read_config(folder).qkv_bias
-    monkeypatch.setattr("collab_jax.io.convert.describe", None)  # a second conversion would fail
+    # a second conversion would fail
+    monkeypatch.setattr("collab_jax.io.convert.describe", None)
     assert hub.fetch(path) == folder
 
 
