@@ -107,6 +107,17 @@ def test_pieces_agree_on_one_threshold(size, ties):
     assert (np.concatenate(alone) != naive(xs[0], k, ties)).any()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_several_ranks_of_one_array_in_pieces(case):
+    """One selection does not undo another."""
+    x = np.float32(CASES[case])
+    array = jnp.asarray(x)
+    for ks in (KS, KS[::-1], (60, 6, 6, 590)):
+        masks = in_pieces([array] * len(ks), list(ks), "first", 250)
+        for k, mask in zip(ks, masks, strict=True):
+            np.testing.assert_array_equal(mask, naive(x, k, "first"), err_msg=str(k))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="ties = 'last': 'all' or 'first'"):
         magnitude.largest([jnp.ones(3)], [1], "last")

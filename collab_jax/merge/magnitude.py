@@ -164,7 +164,7 @@ def _select(stretches: Sequence[np.ndarray], ranks: Sequence[Any]) -> list[tuple
     # one by one: for several at once NumPy takes a way that is ten times slower
     for place in sorted({count - int(rank) for rank in ranks}):
         values[begin:].partition(place - begin)
-        begin = place
+        begin = place + 1  # what has found its place keeps it
     found = []
     for rank in ranks:
         kept = values[count - int(rank) :]
