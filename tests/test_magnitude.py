@@ -107,15 +107,13 @@ def test_pieces_agree_on_one_threshold(size, ties):
     assert (np.concatenate(alone) != naive(xs[0], k, ties)).any()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_several_ranks_of_one_array_in_pieces(case):
-    """One selection does not undo another."""
-    x = np.float32(CASES[case])
-    array = jnp.asarray(x)
-    for ks in (KS, KS[::-1], (60, 6, 6, 590)):
-        masks = in_pieces([array] * len(ks), list(ks), "first", 250)
-        for k, mask in zip(ks, masks, strict=True):
-            np.testing.assert_array_equal(mask, naive(x, k, "first"), err_msg=str(k))
+def test_several_ranks_of_one_array_in_pieces():
+    """One selection does not undo another; few entries would be sorted whole."""
+    x = np.random.default_rng(4).standard_normal(40_000).astype(np.float32)
+    ks = [16_000, 400, 400, 39_000, 1]
+    masks = in_pieces([jnp.asarray(x)] * len(ks), ks, "first", 1 << 14)
+    for k, mask in zip(ks, masks, strict=True):
+        np.testing.assert_array_equal(mask, naive(x, k, "first"), err_msg=str(k))
 
 
 def test_bad_input():
