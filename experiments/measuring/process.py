@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PAUSE = 0.01  # seconds between two looks at a process
+PAUSE = 0.05  # seconds between two looks at a process: looking slows it down
 FACTS = "VmRSS", "RssAnon", "RssFile"
 
 
