@@ -14,8 +14,8 @@ Hardware: Linux, two idle CPU cores, 6 GiB, 12 GB of disk; about three hours, ne
 of it mergekit's (`--smoke`: seconds, ours alone, a random toy model).
 Expected: every bar holds. Programs alternate within each repeat, with the inputs in the
 page cache and nothing left to flush; a ratio is the median over the repeats. Seen in
-November 2026, one repeat, SmolLM2: linear 4.6x, slerp 5.2x, SCE 7.8x, breadcrumbs 7.0x,
-TIES 6.2x; below their bar of 5x DELLA 4.7x and DARE-TIES 4.1x; all in 0.4 to 0.7 GiB.
+November 2026, one repeat, SmolLM2: linear 4.8x, slerp 4.6x, SCE 7.4x, breadcrumbs 7.1x,
+TIES 6.6x; below their bar of 5x DARE-TIES 4.99x and DELLA 4.4x; all in 0.4 to 0.7 GiB.
 Of 1.1B parameters only linear was run: 2.6x, 1.1 times a flushed copy, 0.9 GiB.
 """
 
