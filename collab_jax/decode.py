@@ -19,6 +19,7 @@ from collab_jax.decoder import (
     compile,
     pad,
     run,
+    sequences,
     stream,
     streaming,
 )
@@ -233,13 +234,4 @@ def _plain(lm, max_new_tokens, eos, stop, chunk, choose) -> Decoder:
         done = state.done | ended
         return DecodeState(inner, tokens, length, done, state.key, own, info)
 
-    def finish(state):
-        return Sequences(
-            state.tokens,
-            state.length,
-            state.own.prompt_length,
-            state.info.logprob.sum(-1),
-            state.info,
-        )
-
-    return Decoder(init, step, finish)
+    return Decoder(init, step, sequences)

@@ -55,6 +55,28 @@ class Decoder(NamedTuple):
     finish: Callable[[DecodeState], Sequences]
 
 
+def sequences(state: DecodeState) -> Sequences:
+    """The result of a strategy that appends tokens and takes none back.
+
+    Args:
+      state: `own` has a `prompt_length` `[B]`, and `info` a `logprob` `[B, L]`.
+
+    >>> from types import SimpleNamespace
+    >>> one = jnp.ones((1, 2))
+    >>> own, info = SimpleNamespace(prompt_length=1), SimpleNamespace(logprob=one)
+    >>> state = DecodeState((), one, jnp.array([2]), jnp.array([True]), None, own, info)
+    >>> sequences(state).scores.tolist()
+    [2.0]
+    """
+    return Sequences(
+        state.tokens,
+        state.length,
+        state.own.prompt_length,
+        state.info.logprob.sum(-1),
+        state.info,
+    )
+
+
 def run(
     decoder: Decoder,
     params: Params,

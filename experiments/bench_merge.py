@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measuring import models, process, report
+from measuring import atomic, models, process, report
 
 RESULTS = Path(__file__).parent / "results" / "bench_merge.json"
 PACKAGES = "collab-jax", "jax", "jaxlib", "numpy", "mergekit", "torch", "transformers"
@@ -159,10 +159,7 @@ class Bench(NamedTuple):
 
     def save(self) -> None:
         """Writes what was found."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.found, indent=1) + "\n", "utf-8")
-        os.replace(temporary, self.output)
+        atomic.write_json(self.output, self.found)
 
 
 def cells(name: str, method: str, peer: bool) -> list[str]:

@@ -36,8 +36,9 @@ from statistics import fmean as average
 from typing import Any, NamedTuple
 
 import jax
+from measuring.atomic import write_json
 from merging.data import Task, folder_of, tasks, union
-from merging.experts import Expert, Tensors, digest, train, write_json
+from merging.experts import Expert, Tensors, digest, train
 from merging.methods import methods
 from merging.report import plot, shares, show, summary
 from merging.setup import Setup, real, toy

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from measuring.atomic import write_json
 
 from collab_jax import decode
 from collab_jax.commands.progress import progress
@@ -339,10 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = before if before["setting"] == setting else found
 
     def save() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        os.replace(partial, output)
+        write_json(output, found)
 
     names = list(proposers(subject))
     if chosen.proposers:

@@ -178,6 +178,24 @@ def new_tokens(result, row):
     return np.asarray(result.tokens)[row, begin:end].tolist()
 
 
+def check_resumes(decoder, params, prompts):
+    """Two rounds, then a run from their text, give the tokens of one run."""
+    whole = draws(decoder, params, prompts)
+    keys = jax.random.split(jax.random.key(5), len(prompts))
+    state = jax.jit(decoder.init)(params, *decode.pad(prompts), keys)
+    step = jax.jit(decoder.step)
+    state = step(params, step(params, state))
+    texts = [
+        np.asarray(state.tokens)[b, : int(state.length[b])].tolist()
+        for b in range(len(prompts))
+    ]
+    again = draws(decoder, params, texts)
+    for row in range(len(prompts)):
+        cut = int(state.length[row] - whole.prompt_length[row])
+        rest = new_tokens(whole, row)[cut:]
+        assert new_tokens(again, row)[: len(rest)] == rest
+
+
 def counts(decoder, params, prompt, tokens, runs, seed=1):
     """How often each continuation of `tokens` tokens was drawn, by index."""
     prompts, length = decode.pad([list(prompt)] * runs)

@@ -1,10 +1,17 @@
 """Every proposer of chains without a model: a row is a function of its own text."""
 
 import jax
-import numpy as np
 import pytest
 from drafting import PROPOSERS
-from speculation import PARAMS, PROMPTS, VOCAB, WARPED, draws, new_tokens
+from speculation import (
+    PARAMS,
+    PROMPTS,
+    VOCAB,
+    WARPED,
+    check_resumes,
+    draws,
+    new_tokens,
+)
 
 from collab_jax import decode
 from collab_jax.cooperate.efficient.speculate import speculate
@@ -33,15 +40,4 @@ def test_a_run_resumes_from_its_text():
     """The tables of a row are a function of what stands in it."""
     decoder = rounds("adaptive")
     params, prompts = (PARAMS[0], ()), [[1, 2, 3, 1, 2], [0, 4, 4, 0]]
-    whole = draws(decoder, params, prompts)
-    keys = jax.random.split(jax.random.key(5), 2)
-    state = jax.jit(decoder.init)(params, *decode.pad(prompts), keys)
-    step = jax.jit(decoder.step)
-    state = step(params, step(params, state))
-    texts = [
-        np.asarray(state.tokens)[b, : int(state.length[b])].tolist() for b in range(2)
-    ]
-    again = draws(decoder, params, texts)
-    for row in range(2):
-        rest = new_tokens(whole, row)[int(state.length[row]) - len(prompts[row]) :]
-        assert new_tokens(again, row)[: len(rest)] == rest
+    check_resumes(decoder, params, prompts)

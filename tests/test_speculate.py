@@ -12,6 +12,7 @@ from speculation import (
     PROMPTS,
     VERIFIERS,
     WARPED,
+    check_resumes,
     copies,
     draws,
     new_tokens,
@@ -108,19 +109,7 @@ def test_a_uniform_count_is_seen():
 @pytest.mark.parametrize("name", ["block", "gumbel"])
 def test_a_run_resumes_between_rounds(name):
     decoder = rounds(VERIFIERS[name](), 12)
-    whole = draws(decoder, NEAR, PROMPTS[1:3])
-    keys = jax.random.split(jax.random.key(5), 2)
-    state = jax.jit(decoder.init)(NEAR, *decode.pad(PROMPTS[1:3]), keys)
-    step = jax.jit(decoder.step)
-    state = step(NEAR, step(NEAR, state))
-    texts = [
-        np.asarray(state.tokens)[b, : int(state.length[b])].tolist() for b in range(2)
-    ]
-    again = draws(decoder, NEAR, texts)
-    for row in range(2):
-        cut = int(state.length[row] - whole.prompt_length[row])
-        rest = new_tokens(whole, row)[cut:]
-        assert new_tokens(again, row)[: len(rest)] == rest
+    check_resumes(decoder, NEAR, PROMPTS[1:3])
 
 
 @pytest.mark.parametrize("name", ["block", "gumbel"])

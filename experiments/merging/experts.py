@@ -7,7 +7,6 @@ holds a hash of everything it depends on.
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from measuring.atomic import write_json
 
 from collab_jax import finetune
 from collab_jax.io import canonical, safetensors
@@ -122,13 +122,6 @@ def _write(path: Path, tensors: Mapping[str, Any]) -> None:
         for name, leaf in tensors.items()
     }
     safetensors.write(path, layouts, (np.asarray(leaf) for leaf in tensors.values()))
-
-
-def write_json(path: Path, found: Any) -> None:
-    """Writes a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
 
 
 def digest(data: Batch) -> str:

@@ -18,7 +18,7 @@ from collab_jax import law, slots
 from collab_jax.cooperate.efficient.draft import Draft, Proposer, along, check_size
 from collab_jax.cooperate.efficient.target import Target
 from collab_jax.cooperate.efficient.verify import Verifier, block, round_key
-from collab_jax.decoder import Decoder, DecodeState, Sequences
+from collab_jax.decoder import Decoder, DecodeState, sequences
 from collab_jax.lm import State
 from collab_jax.stop import Stop
 
@@ -195,16 +195,7 @@ def speculate(
             ),
         )
 
-    def finish(state):
-        return Sequences(
-            state.tokens,
-            state.length,
-            state.own.prompt_length,
-            state.info.logprob.sum(-1),
-            state.info,
-        )
-
-    return Decoder(init, step, finish)
+    return Decoder(init, step, sequences)
 
 
 def _pair(params):
