@@ -6,8 +6,9 @@ import numpy as np
 from collab_jax.cooperate.efficient.adaptive import adaptive
 from collab_jax.cooperate.efficient.lookahead import lookahead
 from collab_jax.cooperate.efficient.ngram import ngram, prompt_lookup
-from collab_jax.cooperate.efficient.recycle import grow, recycle, recycle_tree
+from collab_jax.cooperate.efficient.recycle import recycle, recycle_tree
 from collab_jax.cooperate.efficient.suffix import suffix
+from collab_jax.cooperate.efficient.topology import grow
 
 # vocabulary -> a proposer of chains; small tables
 PROPOSERS = {

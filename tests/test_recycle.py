@@ -8,6 +8,7 @@ import pytest
 from drafting import histories
 
 from collab_jax.cooperate.efficient import recycle as rc
+from collab_jax.cooperate.efficient import topology
 from collab_jax.cooperate.efficient.draft import Draft, Verified
 from collab_jax.lm import Out
 
@@ -119,12 +120,12 @@ def test_an_accepted_token_has_the_last_word():
 
 
 def test_trees_grow_where_they_are_likely():
-    paths = rc.grow(30)
-    parents, _ = rc.check_paths(paths)
-    shares = [np.prod([rc.SHARES[rank] for rank in path]) for path in paths]
+    paths = topology.grow(30)
+    parents, _ = topology.check_paths(paths)
+    shares = [np.prod([topology.SHARES[rank] for rank in path]) for path in paths]
     assert shares == sorted(shares, reverse=True)
     every = [
-        share * rc.SHARES[0]
+        share * topology.SHARES[0]
         for share, path in zip(shares, paths, strict=True)
         if (*path, 0) not in paths
     ]
@@ -143,8 +144,8 @@ def test_trees_grow_where_they_are_likely():
         (lambda: rc.recycle_tree([(0,), (1, 0)], 4), r"path \(1, 0\)"),
         (lambda: rc.recycle_tree([(0,), (0,)], 4), r"path \(0,\)"),
         (lambda: rc.recycle_tree([()], 4), r"path \(\)"),
-        (lambda: rc.grow(0), "nodes = 0"),
-        (lambda: rc.grow(3, [0.2, 0.4]), "shares"),
+        (lambda: topology.grow(0), "nodes = 0"),
+        (lambda: topology.grow(3, [0.2, 0.4]), "shares"),
     ],
 )
 def test_what_cannot_draft_is_refused(make, found):

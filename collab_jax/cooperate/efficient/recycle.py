@@ -8,8 +8,6 @@ Shapes: B rows, V vocabulary, R tokens in a list, N nodes of a draft, D tokens o
 longest path, P longest prompt.
 """
 
-import heapq
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,9 +21,7 @@ from collab_jax.cooperate.efficient.draft import (
     Verified,
     check_size,
 )
-
-# Shares of the next tokens by rank: guesses that shape the tree, and nothing else
-SHARES = (0.5, 0.14, 0.08, 0.05, 0.04, 0.03, 0.025, 0.02)
+from collab_jax.cooperate.efficient.topology import check_paths
 
 
 class Lists(NamedTuple):
@@ -35,43 +31,6 @@ class Lists(NamedTuple):
     # behind the known ones
     next: jax.Array
     pending: jax.Array  # [B] int32, what the last draft was a continuation of
-
-
-def grow(nodes: int, shares: Sequence[float] = SHARES) -> tuple[tuple[int, ...], ...]:
-    """The likeliest paths, if the r-th token of every list is right with `shares[r]`.
-
-    A path is the ranks of its tokens, from the root; its probability is the product of
-    their shares. A path comes behind its own beginning.
-
-    Args:
-      nodes: N, at least 1.
-      shares: falling.
-
-    Returns:
-      N paths, for `recycle_tree`.
-
-    Raises:
-      ValueError: for fewer than 1 node, or shares that do not fall from below 1.
-
-    Source: for a chain of guesses the greedy choice is the best tree, arXiv 2402.12374.
-
-    >>> grow(5, [0.6, 0.3])
-    ((0,), (0, 0), (1,), (0, 0, 0), (0, 1))
-    """
-    check_size("nodes", nodes)
-    falling = all(a >= b for a, b in itertools.pairwise(shares))
-    if not shares or not falling or not 0 < shares[-1] <= shares[0] < 1:
-        raise ValueError(
-            f"shares = {list(shares)}: numbers between 0 and 1 that fall are expected"
-        )
-    queue: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
-    paths: list[tuple[int, ...]] = []
-    while len(paths) <= nodes:
-        weight, path = heapq.heappop(queue)
-        paths.append(path)
-        for rank, share in enumerate(shares):
-            heapq.heappush(queue, (weight * share, (*path, rank)))
-    return tuple(paths[1:])  # without the root
 
 
 def recycle(length: int, vocab: int) -> Proposer:
@@ -121,8 +80,9 @@ def recycle_tree(paths: Sequence[Sequence[int]], vocab: int) -> Proposer:
     begins with new ones, and follows the same law along another path.
 
     Args:
-      paths: the ranks of the tokens from the root to each node, e.g. `grow(60)`; every
-        path but the first token's comes behind its own beginning.
+      paths: the ranks of the tokens from the root to each node, e.g. of
+        `topology.grow(60)`; every path but the first token's comes behind its own
+        beginning.
       vocab: V, of the target. A row of `4 * vocab * R` bytes, R one more than the
         largest rank.
 
@@ -225,32 +185,6 @@ def known_first(tokens: jax.Array, parents: jax.Array, known: jax.Array) -> Draf
         None,
         jnp.take_along_axis(place, above, axis=1).astype(jnp.int32),
     )
-
-
-def check_paths(paths: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """The parent and the rank of every node.
-
-    Args:
-      paths: as in `recycle_tree`.
-
-    Raises:
-      ValueError: for no paths, or one that is empty, negative, there twice, or before
-        its own beginning.
-
-    >>> check_paths([(0,), (1,), (0, 2)])
-    ([-1, -1, 0], [0, 1, 2])
-    """
-    check_size("number of paths", len(paths))
-    place: dict[tuple[int, ...], int] = {(): -1}
-    for i, path in enumerate(map(tuple, paths)):
-        if path in place or path[:-1] not in place or path[-1] < 0:
-            raise ValueError(
-                f"path {path}: new ranks of 0 or more behind a path that is there "
-                "already are expected; order the paths by length"
-            )
-        place[path] = i
-    nodes = [tuple(path) for path in paths]
-    return [place[path[:-1]] for path in nodes], [path[-1] for path in nodes]
 
 
 def priority(verified: Verified) -> jax.Array:
