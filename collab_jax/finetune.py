@@ -85,11 +85,42 @@ def loss(
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         run = jax.checkpoint(run, policy=policy)
     hidden = run(params, tokens[:, :-1])
-    targets, weights = tokens[:, 1:], weights[:, 1:].astype(jnp.float32)
-    count = targets.shape[1]
+    return mean_nats(
+        backbone.unembed, params, hidden, tokens[:, 1:], weights[:, 1:], chunk
+    )
+
+
+def mean_nats(
+    logits: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int = 128,
+) -> jax.Array:
+    """Weighted mean of `-log p(target)` over positions, whose logits exist in chunks.
+
+    Args:
+      logits: (params, hidden `[B, t, W]`) -> `[B, t, ..., V]`, where the dots are none,
+        or several predictions at each position.
+      params: of `logits`.
+      hidden: `[B, T, W]`.
+      targets: `[B, T, ...]` int32.
+      weights: `[B, T, ...]`; a target of weight 0 is not read.
+      chunk: positions whose logits exist at one time.
+
+    Returns:
+      `[...]` float32, nats; 0 where all weights are 0.
+
+    >>> read = lambda params, hidden: hidden @ params
+    >>> hidden, ones = jnp.ones((1, 3, 2)), jnp.ones((1, 3))
+    >>> mean_nats(read, jnp.zeros((2, 4)), hidden, jnp.array([[0, 1, 3]]), ones)
+    Array(1.386..., dtype=float32)
+    """
+    weights, count = weights.astype(jnp.float32), targets.shape[1]
     chunk = min(chunk, count)
 
-    def parts(leaf: jax.Array) -> jax.Array:  # [B, T - 1, ..] -> [parts, B, chunk, ..]
+    def parts(leaf: jax.Array) -> jax.Array:  # [B, T, ..] -> [parts, B, chunk, ..]
         width = [(0, 0), (0, -count % chunk)] + [(0, 0)] * (leaf.ndim - 2)
         leaf = jnp.pad(leaf, width)
         leaf = leaf.reshape(leaf.shape[0], -1, chunk, *leaf.shape[2:])
@@ -97,18 +128,21 @@ def loss(
 
     @jax.checkpoint
     def part(params, hidden, targets, weights):
-        logits = backbone.unembed(params, hidden)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        nats = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, hidden), targets
+        )
         # a token of weight 0 may be forbidden: 0 * inf would be NaN
-        return jnp.where(weights == 0, 0.0, weights * nats).sum()
+        return jnp.where(weights == 0, 0.0, weights * nats).sum((0, 1))
 
     def body(total, xs):
         return total + part(params, *xs), None
 
     total, _ = jax.lax.scan(
-        body, jnp.float32(0), (parts(hidden), parts(targets), parts(weights))
+        body,
+        jnp.zeros(targets.shape[2:], jnp.float32),
+        (parts(hidden), parts(targets), parts(weights)),
     )
-    whole = weights.sum()
+    whole = weights.sum((0, 1))
     return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
 
 
