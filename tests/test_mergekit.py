@@ -221,6 +221,17 @@ def test_ranks(shape, axis):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("width", [5, 300, (1 << 16) + 3])
+def test_ranks_of_bfloat16_and_of_what_is_finer(width):
+    """Blocks of both kinds in one array: 32 bits hold what 16 leave a place for."""
+    x = np.random.default_rng(width).standard_normal((400000 // width, width))
+    rows = np.abs(x).astype(np.float32).view(np.uint32)
+    rows[: len(rows) // 2] &= 0xFFFF0000
+    np.testing.assert_array_equal(
+        rank._by_numpy(rows), naive_ranks(rows.view(np.float32), -1)
+    )
+
+
 def test_band():
     x = jnp.asarray(np.round(np.random.default_rng(0).standard_normal((20, 20)), 1))
     place = naive_ranks(np.asarray(x).reshape(-1), 0).reshape(x.shape)

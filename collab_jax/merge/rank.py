@@ -10,7 +10,7 @@ Shapes: S the shape of a leaf, M its entries.
 import concurrent.futures
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -130,27 +130,57 @@ def _by_numpy(rows: np.ndarray) -> np.ndarray:
 
 
 def _fill(flat, found, starts: Sequence[int], step: int) -> None:
-    """Sorts numbers of 64 bits, the magnitude above the position: no two are equal.
+    """Sorts numbers that hold the magnitude above the position: no two are equal.
+
+    Magnitudes of bfloat16 leave 16 bits for the position, and numbers of 32 bits are
+    sorted twice as fast as the others, of 64 bits.
+    """
+    width = flat.shape[-1]
+    order = np.empty((step, width), np.int64)
+    places = np.arange(width, dtype=np.uint32)
+    ranks = np.broadcast_to(places.astype(found.dtype), (step, width)).copy()
+    begins = np.arange(step, dtype=np.int64)[:, None] * width
+    sort_narrow, sort_any = _narrow(step, places), _any(step, places)
+    low = np.uint32(0xFFFF if width <= 1 << 16 else 0)
+    for start in starts:
+        block = flat[start : start + step]
+        sort = sort_narrow if low and not (block & low).any() else sort_any
+        np.add(sort(block), begins[: len(block)], out=order[: len(block)])
+        target = found[start : start + step].reshape(-1)
+        target[order[: len(block)].reshape(-1)] = ranks[: len(block)].reshape(-1)
+
+
+def _narrow(step: int, places: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The positions of a block's magnitudes in order, where 16 bits of these are 0."""
+    keys = np.empty((step, len(places)), np.uint32)
+
+    def sort(block):
+        own = keys[: len(block)]
+        np.bitwise_or(block, places, out=own)
+        own.sort(axis=-1)
+        return np.bitwise_and(own, np.uint32(0xFFFF), out=own)
+
+    return sort
+
+
+def _any(step: int, places: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The positions of a block's magnitudes in order.
 
     They are sorted as floats, which is a quarter faster: the offset makes the lowest
     normal, and the highest stays finite, so the order is that of the integers.
     """
-    width = flat.shape[-1]
-    keys, order = np.empty((step, width)), np.empty((step, width), np.int64)
-    halves = keys.view(np.uint32).reshape(step, width, 2)
+    keys = np.empty((step, len(places)))
+    halves = keys.view(np.uint32).reshape(step, len(places), 2)
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    places = np.arange(width, dtype=np.uint32)
-    ranks = np.broadcast_to(places.astype(found.dtype), (step, width)).copy()
-    begins = np.arange(step, dtype=np.int64)[:, None] * width
-    for start in starts:
-        block = flat[start : start + step]
+
+    def sort(block):
         count = len(block)
         halves[:count, :, low] = places
         np.add(block, np.uint32(1 << 20), out=halves[:count, :, high])
         keys[:count].sort(axis=-1)
-        np.add(halves[:count, :, low], begins[:count], out=order[:count])
-        target = found[start : start + step].reshape(-1)
-        target[order[:count].reshape(-1)] = ranks[:count].reshape(-1)
+        return halves[:count, :, low]
+
+    return sort
 
 
 def _fill_wide(flat, found, starts: Sequence[int], step: int) -> None:
