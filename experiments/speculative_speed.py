@@ -21,102 +21,36 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from speculating import same
+from speculating.subject import Subject, real, texts, toy
 
 from collab_jax import decode
 from collab_jax.commands.progress import progress
 from collab_jax.cooperate.efficient import (
     adaptive,
     exact,
+    lookahead,
     ngram,
     recycle,
     suffix,
     theory,
+    topology,
 )
 from collab_jax.cooperate.efficient.draft import Proposer
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
-from collab_jax.io.load import load
-from collab_jax.lm import LM, language_model
-from collab_jax.models import config as configs
-from collab_jax.models import transformer
 
 RESULTS = Path(__file__).parent / "results" / "speculative_speed.json"
-TIE = 1e-4  # two candidates closer than this may come in either order
 ROWS = 8  # of a batch
-GROUPS = "mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag"
-OWN = {  # without the data
-    "repeats": ["List the numbers from 1 to 10, twice.", "Say hello ten times."],
-    "copies": ["Repeat: the cat sat on the mat, the dog sat on the log."],
-    "free": ["Name three rivers.", "Why is the sky blue?"],
-}
-
-
-class Subject(NamedTuple):
-    """A model, and prompts by group as tokens."""
-
-    lm: LM
-    params: Any
-    prompts: dict[str, list[list[int]]]
-    eos: tuple[int, ...]
-    new: int
-    length: int  # tokens of a draft
-    widths: tuple[int, ...]  # prompts are padded to one of these, for few programs
-    vocab: int
-
-
-def spec_bench(folder: Path, rows: int) -> dict[str, list[str]]:
-    """The first question of so many dialogues of each of the six groups."""
-    groups: dict[str, list[str]] = {name: [] for name in GROUPS}
-    path = folder / "spec_bench" / "question.jsonl"
-    for line in path.read_text("utf-8").splitlines():
-        question = json.loads(line)
-        group = groups.get(question["category"], groups["mt-bench"])
-        group.append(question["turns"][0])
-    # mt-bench has ten questions of each of eight kinds: some of every kind
-    spread = groups["mt-bench"]
-    groups["mt-bench"] = [spread[i] for i in range(0, len(spread), 8)]
-    return {name: texts[:rows] for name, texts in groups.items()}
-
-
-def real(data: str | None, rows: int) -> Subject:
-    """SmolLM2 in its chat template; prompts are cut to 512 tokens from the left."""
-    model = load("smollm2-135m-instruct")
-    texts = OWN if data is None else spec_bench(Path(data), rows)
-    prompts = {}
-    for name, group in texts.items():
-        prompts[name] = [
-            model.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )[-512:]
-            for text in group
-        ]
-    eos = tuple(model.config.eos)
-    widths = 129, 257, 513
-    vocab = model.config.vocab
-    return Subject(model.lm, model.params, prompts, eos, 128, 10, widths, vocab)
-
-
-def toy() -> Subject:
-    """A random Llama; bytes are its tokens."""
-    raw = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32}
-    raw |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = configs.from_hf(raw)
-    model = language_model(transformer.transformer(config))
-    params = transformer.init(jax.random.key(0), config)
-    prompts = {k: [list(text.encode()) for text in v] for k, v in OWN.items()}
-    return Subject(model, params, prompts, (), 24, 4, (65,), config.vocab)
 
 
 def proposers(subject: Subject) -> dict[str, Callable[[], Proposer]]:
-    """What drafts, by name; all with drafts of at most K tokens."""
+    """What drafts, by name: chains of at most K tokens, trees of a few times that."""
     size, vocab = subject.length, subject.vocab
     return {
         "prompt lookup (transformers)": lambda: ngram.prompt_lookup(size),
@@ -124,54 +58,11 @@ def proposers(subject: Subject) -> dict[str, Callable[[], Proposer]]:
         "adaptive n-gram (ANPD)": lambda: adaptive.adaptive(size),
         "suffix": lambda: suffix.suffix(size),
         "token recycling, chain": lambda: recycle.recycle(size, vocab),
+        "token recycling, tree": lambda: recycle.recycle_tree(
+            topology.grow(4 * size), vocab
+        ),
+        "lookahead": lambda: lookahead.lookahead(vocab),
     }
-
-
-def batches(subject: Subject) -> list[tuple[str, list[int]]]:
-    """Rows of one group at a time, at most `ROWS` together."""
-    found = []
-    for name, prompts in subject.prompts.items():
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), ROWS):
-            found.append((name, order[start : start + ROWS]))
-    return found
-
-
-def padded(subject: Subject, name: str, rows: Sequence[int]):
-    """The prompts of a batch; rows that are missing repeat the first."""
-    prompts = [subject.prompts[name][row] for row in rows]
-    prompts += prompts[:1] * (ROWS - len(prompts))
-    longest = max(map(len, prompts))
-    return decode.pad(prompts, min(w for w in subject.widths if w >= longest))
-
-
-def texts(result: decode.Sequences, count: int) -> list[list[int]]:
-    """The new tokens of the first rows."""
-    tokens, begin, end = (
-        np.asarray(x) for x in (result.tokens, result.prompt_length, result.length)
-    )
-    return [tokens[b, begin[b] : end[b]].tolist() for b in range(count)]
-
-
-def part(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first step at which two rows differ."""
-    if list(one) == list(other):
-        return None
-    pairs = zip(one, other, strict=False)
-    return next(
-        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other))
-    )
-
-
-def margin(
-    subject: Subject, read: Callable, prompt: list[int], new: list[int]
-) -> float:
-    """How far the two best candidates lie apart behind these new tokens."""
-    ids = np.array([prompt + new])
-    width = min(w for w in (*subject.widths, 1024) if w >= ids.shape[1])
-    tokens = np.pad(ids, ((0, 0), (0, width - ids.shape[1])))
-    best = np.sort(np.asarray(read(subject.params, tokens, ids.shape[1] - 1)))[-2:]
-    return float(best[1] - best[0])
 
 
 def measure(
@@ -180,19 +71,13 @@ def measure(
     """Decodes what is missing, plain text first."""
     model, ends = subject.lm, {"eos": subject.eos}
     plain = decode.compile(lambda _: decode.greedy(model, subject.new, **ends))
-
-    @jax.jit
-    def read(params, tokens, last):
-        state = model.init(params, 1, tokens.shape[1])
-        out, _ = model.extend(params, state, tokens)
-        return out.logits[0, last]
-
-    every, work = proposers(subject), batches(subject)
+    margin = same.margins(model, subject.params)
+    every, work = proposers(subject), subject.batches(ROWS)
     with progress("batches", len(work) * (1 + len(chosen))) as advance:
         for name, rows in work:
             key = f"{name} {rows[0]}"
             if key not in found["plain"]:
-                prompt, length = padded(subject, name, rows)
+                prompt, length = subject.first(name, rows, ROWS)
                 result = plain(None, subject.params, prompt, length, jax.random.key(0))
                 found["plain"][key] = texts(result, len(rows))
                 save()
@@ -210,31 +95,27 @@ def measure(
             for name, rows in work:
                 key = f"{name} {rows[0]}"
                 if key not in own:
-                    prompt, length = padded(subject, name, rows)
+                    prompt, length = subject.first(name, rows, ROWS)
                     params = subject.params, ()
                     result = program(None, params, prompt, length, jax.random.key(0))
                     own[key] = batch_report(
-                        subject, read, result, name, rows, found["plain"][key]
+                        subject, margin, result, name, rows, found["plain"][key]
                     )
                     save()
                 advance()
 
 
-def batch_report(subject, read, result, name, rows, expected) -> dict[str, Any]:
+def batch_report(subject, margin, result, name, rows, expected) -> dict[str, Any]:
     """What a batch took, and where its text is not the plain one."""
     count = len(rows)
     info = jax.tree.map(lambda x: np.asarray(x)[:count], result.info)
-    apart = []
-    for row, one, other in zip(rows, texts(result, count), expected, strict=True):
-        step = part(one, other)
-        if step is not None:
-            prompt = subject.prompts[name][row]
-            gap = margin(subject, read, prompt, other[:step])
-            apart.append({"row": row, "step": step, "margin": gap, "tie": gap < TIE})
+    prompts = [subject.prompts[name][row] for row in rows]
+    found = texts(result, count)
+    apart = same.differences(rows, prompts, found, expected, margin)
     return {
         "group": name,
         "rows": rows,
-        "tokens": [len(text) for text in texts(result, count)],
+        "tokens": [len(text) for text in found],
         "calls": info.calls.tolist(),
         "drafted": info.drafted.tolist(),
         "accepted": info.accepted.tolist(),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from collab_jax import warp
-from collab_jax.cooperate.efficient import exact, verify
+from collab_jax.cooperate.efficient import exact, tree, verify
 from collab_jax.cooperate.efficient.draft import Draft
 from collab_jax.lm import Out
 
@@ -58,3 +58,21 @@ def test_its_draws_are_its_outcomes():
     paths = exact.greedy().outcomes(logits, draft)
     own = found.tokens[jnp.arange(16), found.accepted]
     assert bool((paths[jnp.arange(16), found.accepted, own] == 1).all())
+
+
+def test_a_tree_is_walked_by_the_likeliest_tokens():
+    """As any lossless verifier of trees does with one-hot laws; a chain is a tree."""
+    logits, draft = drafts(2)
+    parents = jax.random.randint(jax.random.key(9), (16, 3), -1, jnp.arange(3))
+    for above in (parents, tree.tree_parents(draft)):
+        hung = draft._replace(parents=above)
+        expected = tree.sampled().outcomes(warp.greedy()(logits), hung)
+        found = exact.greedy().outcomes(logits, hung)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        run = exact.greedy().verify(None, None, Out(logits), hung)
+        own = run.tokens[jnp.arange(16), run.accepted]
+        last = jnp.take_along_axis(run.path, run.accepted[:, None] - 1, 1)[:, 0] + 1
+        place = jnp.where(run.accepted > 0, last, 0)
+        assert bool((found[jnp.arange(16), place, own] == 1).all())
+    np.testing.assert_allclose(found, exact.greedy().outcomes(logits, draft))
+    assert int(jnp.abs(parents - tree.tree_parents(draft)).max()) > 0

@@ -1,11 +1,12 @@
 """Greedy verification: the tokens that greedy decoding would have taken.
 
-Shapes: B rows, K tokens of a chain, V vocabulary.
+Shapes: B rows, N nodes of a draft, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
+from collab_jax.cooperate.efficient import tree
 from collab_jax.cooperate.efficient.draft import Draft
 from collab_jax.cooperate.efficient.verify import (
     Verifier,
@@ -18,6 +19,8 @@ from collab_jax.lm import Out
 
 def greedy() -> Verifier:
     """Keeps drafted tokens as long as they are the likeliest of the target.
+
+    In a tree it goes down where a child is the likeliest token.
 
     The text is that of `decode.greedy(target)`, whatever the draft and however it was
     drawn, up to ties within rounding; and as there, log-probs are those of the target's
@@ -34,21 +37,26 @@ def greedy() -> Verifier:
     """
 
     def verify(key, length, out: Out, draft: Draft):
-        check_draft(out.logits, draft, chain=True)
+        check_draft(out.logits, draft)
         tokens = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
-        accepted = _accepted(tokens, draft)
-        own = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
-        return chain(draft, out, accepted, own)
+        place = _place(draft, tokens)
+        own = jnp.take_along_axis(tokens, place[:, None], axis=1)[:, 0]
+        if draft.parents is None:
+            return chain(draft, out, place, own)
+        return tree.kept(draft, out, place, own)
 
     def outcomes(logits, draft):
-        check_draft(logits, draft, chain=True)
+        check_draft(logits, draft)
         tokens = jnp.argmax(logits, axis=-1)
-        here = jnp.arange(logits.shape[1]) == _accepted(tokens, draft)[:, None]
+        here = jnp.arange(logits.shape[1]) == _place(draft, tokens)[:, None]
         return jax.nn.one_hot(tokens, logits.shape[-1]) * here[:, :, None]
 
     return Verifier(verify, outcomes)
 
 
-def _accepted(tokens: jax.Array, draft: Draft) -> jax.Array:
+def _place(draft: Draft, tokens: jax.Array) -> jax.Array:
+    """Where the kept tokens end; of a chain, their number."""
+    if draft.parents is not None:
+        return tree.follow(draft, tokens)
     same = (tokens[:, :-1] == draft.tokens) & offered(draft)
     return jnp.cumprod(same, axis=1).sum(-1, dtype=jnp.int32)

@@ -83,6 +83,33 @@ def _above(draft: Draft) -> jax.Array:
     return jnp.where(offered(draft), tree_parents(draft) + 1, -1)
 
 
+def follow(draft: Draft, tokens: jax.Array) -> jax.Array:
+    """Where a walk ends that goes down while a child is the token wanted, `[B]`.
+
+    Args:
+      draft: a tree or a chain.
+      tokens: `[B, 1 + N]`, what the target wants next at every place.
+
+    Returns:
+      The place: 0 for the pending token, 1 + i for node i.
+
+    >>> pair = jnp.array([[-1, -1]])
+    >>> draft = Draft(jnp.array([[4, 5]]), jnp.array([2]), parents=pair)
+    >>> follow(draft, jnp.array([[5, 0, 7]])).tolist()
+    [2]
+    """
+    above = _above(draft)
+    batch, places = tokens.shape
+    rows = jnp.arange(batch)
+
+    def walk(i, place):
+        """Goes down by one node, if it is this one."""
+        hit = (above[:, i] == place) & (draft.tokens[:, i] == tokens[rows, place])
+        return jnp.where(hit, i + 1, place)
+
+    return jax.lax.fori_loop(0, places - 1, walk, jnp.zeros(batch, jnp.int32))
+
+
 def sampled() -> Verifier:
     """Draws each token from the target, and goes down where a child is that token.
 
@@ -107,16 +134,8 @@ def sampled() -> Verifier:
         position = (length[:, None] + depth).reshape(-1)
         flat = out.logits.reshape(-1, vocab)
         drawn = law.draw(flat, jnp.repeat(key, places), position).reshape(batch, places)
-        above = _above(draft)
-        rows = jnp.arange(batch)
-
-        def walk(i, place):
-            """Goes down by one node, if it is this one."""
-            hit = (above[:, i] == place) & (draft.tokens[:, i] == drawn[rows, place])
-            return jnp.where(hit, i + 1, place)
-
-        place = jax.lax.fori_loop(0, places - 1, walk, jnp.zeros(batch, jnp.int32))
-        return kept(draft, out, place, drawn[rows, place])
+        place = follow(draft, drawn)
+        return kept(draft, out, place, drawn[jnp.arange(batch), place])
 
     def outcomes(logits, draft):
         stay, rest = _walks(logits, draft._replace(law=None), replaced=False)

@@ -1,0 +1,129 @@
+"""What the experiments on speculative decoding run on: a model and prompts by group."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from collab_jax import decode
+from collab_jax.io.load import load
+from collab_jax.lm import LM, Backbone, language_model
+from collab_jax.models import config as configs
+from collab_jax.models import transformer
+
+NAME = "smollm2-135m-instruct"
+GROUPS = "mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag"
+OWN = {  # without the data
+    "repeats": ["List the numbers from 1 to 10, twice.", "Say hello ten times."],
+    "copies": ["Repeat: the cat sat on the mat, the dog sat on the log."],
+    "free": ["Name three rivers.", "Why is the sky blue?"],
+}
+
+
+class Subject(NamedTuple):
+    """A model, and prompts by group as tokens."""
+
+    lm: LM
+    params: Any
+    config: configs.Config
+    prompts: dict[str, list[list[int]]]
+    eos: tuple[int, ...]
+    new: int  # tokens that a text may become longer
+    length: int  # tokens of a draft
+    widths: tuple[int, ...]  # prompts are padded to one of these, for few programs
+    more: dict[str, list[list[int]]] = {}  # other prompts, to train on
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.config.vocab
+
+    def backbone(
+        self, taps: tuple[str, ...] = (), layers: tuple[int, int] | None = None
+    ) -> Backbone:
+        """The model one level below, or some of its layers."""
+        return transformer.transformer(self.config, taps, layers)
+
+    def first(self, group: str, rows: Sequence[int], size: int):
+        """Prompts of a group for `run`; where rows are missing, the first again."""
+        prompts = [self.prompts[group][row] for row in rows]
+        prompts += prompts[:1] * (size - len(prompts))
+        longest = max(map(len, prompts))
+        return decode.pad(prompts, min(w for w in self.widths if w >= longest))
+
+    def batches(self, size: int) -> list[tuple[str, list[int]]]:
+        """Rows of one group at a time, short prompts first, at most `size` together."""
+        found = []
+        for name, prompts in self.prompts.items():
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            for start in range(0, len(order), size):
+                found.append((name, order[start : start + size]))
+        return found
+
+
+def spec_bench(folder: Path) -> dict[str, list[str]]:
+    """The first question of every dialogue, by group."""
+    groups: dict[str, list[str]] = {name: [] for name in GROUPS}
+    path = folder / "spec_bench" / "question.jsonl"
+    for line in path.read_text("utf-8").splitlines():
+        question = json.loads(line)
+        group = groups.get(question["category"], groups["mt-bench"])
+        group.append(question["turns"][0])
+    # mt-bench has ten questions of each of eight kinds: some of every kind first
+    spread = groups["mt-bench"]
+    groups["mt-bench"] = [spread[i] for n in range(8) for i in range(n, len(spread), 8)]
+    return groups
+
+
+def real(data: str | None, rows: int, new: int = 128, length: int = 10) -> Subject:
+    """SmolLM2 in its chat template; prompts are cut to 512 tokens from the left.
+
+    Args:
+      data: the folder with `spec_bench/`, or None for a few prompts of this file.
+      rows: prompts of each group that are measured; the others are for training.
+      new: new tokens.
+      length: tokens of a draft.
+    """
+    model = load(NAME)
+
+    def encode(text: str) -> list[int]:
+        return model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )[-512:]
+
+    texts = OWN if data is None else spec_bench(Path(data))
+    prompts = {
+        name: [encode(text) for text in group[:rows]] for name, group in texts.items()
+    }
+    more = {
+        name: [encode(text) for text in group[rows:]] for name, group in texts.items()
+    }
+    eos, widths = tuple(model.config.eos), (129, 257, 513)
+    return Subject(
+        model.lm, model.params, model.config, prompts, eos, new, length, widths, more
+    )
+
+
+def toy() -> Subject:
+    """A random Llama; bytes are its tokens."""
+    raw = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32}
+    raw |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = configs.from_hf(raw)
+    model = language_model(transformer.transformer(config))
+    params = transformer.init(jax.random.key(0), config)
+    prompts = {k: [list(text.encode()) for text in v] for k, v in OWN.items()}
+    return Subject(model, params, config, prompts, (), 24, 4, (65,), prompts)
+
+
+def texts(result: decode.Sequences, count: int) -> list[list[int]]:
+    """The new tokens of the first rows."""
+    tokens, begin, end = (
+        np.asarray(x) for x in (result.tokens, result.prompt_length, result.length)
+    )
+    return [tokens[b, begin[b] : end[b]].tolist() for b in range(count)]
