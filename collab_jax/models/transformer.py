@@ -85,11 +85,13 @@ class Block(nn.Module):
             self.post_attention_norm = Norm(c, c.width, self.dtype)
             self.post_mlp_norm = Norm(c, c.width, self.dtype)
 
-    def __call__(self, x, cache, length, mask, angles):
-        """Maps `[B, T, W]` to `[B, T, W]`, the cache, and the attention weights."""
+    def __call__(self, x, cache, length, mask, within, angles, tapped):
+        """Maps `[B, T, W]` to `[B, T, W]`, the cache, and the tapped weights."""
         c = self.config
         inner = self.attention_norm(x) if c.pre_norm else x
-        attended, cache, weights = self.attention(inner, cache, length, mask, angles)
+        attended, cache, weights = self.attention(
+            inner, cache, length, mask, within, angles, tapped
+        )
         if c.post_norm:
             attended = self.post_attention_norm(attended)
         # with a parallel residual the MLP reads what the attention read
@@ -133,6 +135,7 @@ class Decoder(nn.Module):
             window: attention.windowed(mask, length, window, parents)
             for window in sorted({w for w in c.windows if w is not None})
         }
+        within = {window: attention.reach(length, count, window) for window in masks}
         places = slots.positions(length, count)
         if parents is not None:
             places = length[:, None] + slots.depths(parents).astype(length.dtype)
@@ -150,11 +153,14 @@ class Decoder(nn.Module):
             cache = None if state is None else (state.k[own], state.v[own])
             rotary = c.rotary[i]
             angles = None if rotary is None else turns[rotary]
+            window, tapped = c.windows[i], f"attention.{i + 1}" in taps
             with jax.named_scope(f"layer_{i}"):
-                x, cache, weights = block(x, cache, length, masks[c.windows[i]], angles)
+                x, cache, weights = block(
+                    x, cache, length, masks[window], within[window], angles, tapped
+                )
             caches.append(cache)
             seen[f"hidden.{i + 1}"] = x
-            if f"attention.{i + 1}" in taps:
+            if tapped:
                 seen[f"attention.{i + 1}"] = weights.mean(axis=(1, 2))
         out = Features(self.norm(x), {name: seen[name] for name in taps})
         if state is None:

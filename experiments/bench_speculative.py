@@ -1,0 +1,364 @@
+"""Speculative greedy decoding beside assisted generation of transformers, in one run.
+
+Claim: on the same model, prompts and drafts, in float32, ours is at least 1.5x faster
+than transformers' assisted generation (prompt lookup, and a draft model); a batch of 8
+runs, which transformers refuses; the time of a round does not follow the capacity of
+the cache; and prompts of one width share a program.
+Command: python experiments/bench_speculative.py [--smoke] [--data DIR] [--rows N]
+[--repeats R] [--layers E] [--output FILE]. Needs the extra `parity`; without torch ours
+is measured alone.
+Data: as for speculative_speed.py.
+Hardware: two idle CPU cores, 6 GiB; about half an hour (`--smoke`: seconds, ours alone,
+a random toy model).
+Expected: not run on an idle machine yet.
+
+The draft model is the first E layers of the model itself, with its norm and head. Who
+comes first alternates from prompt to prompt. Seconds are those of the whole call, with
+the prompt read; programs are compiled before. A ratio is that of the sums.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from measuring.atomic import write_json
+from speculating import same
+from speculating.subject import NAME, Subject, real, texts, toy
+
+from collab_jax import decode, warp
+from collab_jax.commands.progress import progress
+from collab_jax.cooperate.efficient import adaptive, exact, ngram
+from collab_jax.cooperate.efficient.draft_model import draft_lm
+from collab_jax.cooperate.efficient.speculate import speculate
+from collab_jax.cooperate.efficient.target import on_lm
+from collab_jax.io import load
+from collab_jax.lm import language_model
+from collab_jax.models import transformer
+
+RESULTS = Path(__file__).parent / "results" / "bench_speculative.json"
+PACKAGES = "collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"
+BAR = 1.5
+DRAFTED = 4  # tokens of a draft of the draft model
+CAPACITIES = 512, 8192  # tokens
+ROUNDS = 32
+
+Run = Callable[[Sequence[Sequence[int]]], tuple[list[list[int]], float]]
+
+
+class Way(NamedTuple):
+    """One way to decode, ours and the peer's."""
+
+    ours: Run
+    peer: Run | None
+
+
+def cut(subject: Subject, layers: int) -> tuple[Any, Any]:
+    """The first layers with the last norm and the head, as a model: config, params."""
+    config = dataclasses.replace(
+        subject.config,
+        layers=layers,
+        rotary=subject.config.rotary[:layers],
+        windows=subject.config.windows[:layers],
+        sparse=subject.config.sparse[:layers],
+    )
+    gone = {f"layers_{i}" for i in range(layers, subject.config.layers)}
+    return config, {k: v for k, v in subject.params.items() if k not in gone}
+
+
+def timed(program: Callable, params: Any, subject: Subject) -> Run:
+    """Our program as a function of prompts; texts, and seconds of the call."""
+
+    def run(prompts):
+        longest = max(map(len, prompts))
+        width = min(w for w in subject.widths if w >= longest)
+        prompt, length = decode.pad(prompts, width)
+        begin = time.perf_counter()
+        result = program(None, params, prompt, length, jax.random.key(0))
+        jax.block_until_ready(result.tokens)
+        seconds = time.perf_counter() - begin
+        return texts(result, len(prompts)), seconds
+
+    return run
+
+
+def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], dict]:
+    """Everything that is compared, by name, and our programs."""
+    model, params = subject.lm, subject.params
+    config, small = cut(subject, layers)
+    draft = warp.warp(language_model(transformer.transformer(config)), warp.greedy())
+    ends = {"eos": subject.eos}
+
+    def with_draft(proposer):
+        return speculate(
+            on_lm(model), proposer, subject.new, verifier=exact.greedy(), **ends
+        )
+
+    size = subject.length
+    decoders = {
+        "greedy": (decode.greedy(model, subject.new, **ends), params),
+        "prompt lookup": (with_draft(ngram.prompt_lookup(size)), (params, ())),
+        "adaptive n-gram": (with_draft(adaptive.adaptive(size)), (params, ())),
+        "draft model": (with_draft(draft_lm(draft, DRAFTED)), (params, small)),
+    }
+    programs = {
+        name: decode.compile(lambda _, decoder=decoder: decoder)
+        for name, (decoder, _) in decoders.items()
+    }
+    theirs = peer(subject, config, small) if peers else {}
+    # adaptive n-grams have no counterpart: they meet the peer's prompt lookup
+    theirs["adaptive n-gram"] = theirs.get("prompt lookup")
+    found = {}
+    for name, (_, own) in decoders.items():
+        ours = timed(programs[name], own, subject)
+        found[name] = Way(ours, theirs.get(name))
+    return found, programs
+
+
+def peer(subject: Subject, config: Any, small: Any) -> dict[str, Run]:
+    """transformers on the same parameters."""
+    import torch
+    import transformers
+
+    whole = load.load(NAME)
+
+    def torched(model):
+        with tempfile.TemporaryDirectory() as folder:
+            load.save(model, folder)
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32
+            )
+
+    big = torched(whole)
+    assistant = torched(whole._replace(params=small, config=config))
+    assistant.generation_config.num_assistant_tokens = DRAFTED
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+
+    def run(**options):
+        def generate(prompts):
+            tokens = torch.tensor(np.array(prompts))
+            begin = time.perf_counter()
+            with torch.no_grad():
+                out = big.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    do_sample=False,
+                    max_new_tokens=subject.new,
+                    eos_token_id=list(subject.eos),
+                    pad_token_id=subject.eos[0],
+                    **options,
+                )
+            seconds = time.perf_counter() - begin
+            return out[:, tokens.shape[1] :].tolist(), seconds
+
+        return generate
+
+    return {
+        "greedy": run(),
+        "prompt lookup": run(prompt_lookup_num_tokens=subject.length),
+        "draft model": run(assistant_model=assistant),
+    }
+
+
+def compare(subject: Subject, every: dict[str, Way], repeats: int) -> list[dict]:
+    """Times every way on every prompt, one at a time, after an untimed run of each."""
+    prompts = [
+        (g, n) for g, found in subject.prompts.items() for n in range(len(found))
+    ]
+    margin = same.margins(subject.lm, subject.params)
+    found, turn = [], 0
+    total = len(prompts) * len(every) * (repeats + 1)
+    with progress("prompts", total) as advance:
+        for name, way in every.items():
+            seen: set[int] = set()
+            for group, number in prompts:
+                prompt = subject.prompts[group][number]
+                width = min(w for w in subject.widths if w >= len(prompt))
+                if width not in seen:
+                    way.ours([prompt])
+                    seen.add(width)
+                advance()
+            if way.peer is not None:
+                way.peer([subject.prompts[prompts[0][0]][0]])
+            for _ in range(repeats):
+                for group, number in prompts:
+                    prompt = subject.prompts[group][number]
+                    kinds = [k for k in ("ours", "peer") if getattr(way, k)]
+                    kinds = kinds[::-1] if turn % 2 else kinds
+                    line: dict[str, Any] = {"way": name, "group": group, "row": number}
+                    new = {}
+                    for kind in kinds:
+                        (text,), seconds = getattr(way, kind)([prompt])
+                        new[kind] = text
+                        line[kind] = {"seconds": seconds, "tokens": len(text)}
+                    if len(new) == 2:
+                        line["apart"] = same.differences(
+                            [number], [prompt], [new["ours"]], [new["peer"]], margin
+                        )
+                    found.append(line)
+                    turn += 1
+                    advance()
+    return found
+
+
+def in_a_batch(subject: Subject, every: dict[str, Way]) -> dict[str, Any]:
+    """Eight rows at once: ours beside ours one by one, and what the peer says."""
+    prompts = [p for group in subject.prompts.values() for p in group]
+    prompts = (prompts * 8)[:8]
+    lines = {}
+    for name, way in every.items():
+        way.ours(prompts)
+        together, seconds = way.ours(prompts)
+        alone = [way.ours([prompt]) for prompt in prompts]
+        line = {
+            "tokens": sum(map(len, together)),
+            "seconds": seconds,
+            "one by one": sum(own for _, own in alone),
+            "equal rows": sum(
+                one == other[0] for one, (other, _) in zip(together, alone, strict=True)
+            ),
+        }
+        if way.peer is not None and name != "greedy":
+            try:
+                way.peer([prompts[0]] * 2)
+                line["peer"] = "ran"
+            except ValueError as error:
+                line["peer"] = str(error).splitlines()[0]
+        lines[name] = line
+    return lines
+
+
+def rounds(subject: Subject, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a round of the loop at two capacities, alternating."""
+    model, params = subject.lm, subject.params
+    prompt, length = decode.pad([next(iter(subject.prompts.values()))[0]])
+    steps = {}
+    for capacity in CAPACITIES:
+        decoder = speculate(
+            on_lm(model), ngram.ngram(subject.length), capacity - prompt.shape[1]
+        )
+
+        @jax.jit
+        def run(params, state, decoder=decoder):
+            return jax.lax.fori_loop(
+                0, ROUNDS, lambda _, state: decoder.step((params, ()), state), state
+            )
+
+        start = jax.jit(decoder.init)((params, ()), prompt, length, jax.random.key(0))
+        jax.block_until_ready(run(params, start))
+        steps[capacity] = run, start
+    lines = []
+    for number in range(repeats):
+        for capacity, (run, start) in steps.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run(params, start))
+            seconds = (time.perf_counter() - begin) / ROUNDS
+            lines.append({"repeat": number, "capacity": capacity, "seconds": seconds})
+    return lines
+
+
+def table(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line for each way: tokens a second, and ratios of the sums."""
+    lines, plain = [], None
+    for name in dict.fromkeys(line["way"] for line in found["runs"]):
+        runs = [line for line in found["runs"] if line["way"] == name]
+        sums = {
+            kind: sum(run[kind]["seconds"] for run in runs if kind in run)
+            for kind in ("ours", "peer")
+        }
+        tokens = sum(run["ours"]["tokens"] for run in runs)
+        plain = sums["ours"] / tokens if plain is None else plain
+        line = {"way": name, "ours": tokens / sums["ours"]}
+        line["over plain"] = plain * tokens / sums["ours"]
+        if sums["peer"]:
+            theirs = sum(run["peer"]["tokens"] for run in runs)
+            line["peer"] = theirs / sums["peer"]
+            line["over peer"] = line["ours"] / line["peer"]
+        apart = [gap for run in runs for gap in run.get("apart", [])]
+        line |= {"apart": len(apart), "ties": sum(gap["tie"] for gap in apart)}
+        lines.append(line)
+    return lines
+
+
+def show(found: dict[str, Any]) -> None:
+    """The tables."""
+    print(f"\n{'tokens a second':20}{'ours':>9}{'x plain':>9}{'peer':>9}{'x peer':>9}")
+    for line in found["table"]:
+        numbers = [line.get(k) for k in ("ours", "over plain", "peer", "over peer")]
+        cells = "".join(f"{'-' if n is None else f'{n:.2f}':>9}" for n in numbers)
+        texts_ = f"   {line['apart']} texts apart, {line['ties']} by a tie"
+        print(f"{line['way']:20}{cells}{texts_}")
+    print("\na batch of 8")
+    for name, line in found["batch"].items():
+        ratio = line["one by one"] / line["seconds"]
+        print(
+            f"{name:20}{line['tokens'] / line['seconds']:9.2f} tokens a second, "
+            f"{ratio:.2f}x of one by one, {line['equal rows']} of 8 rows equal; "
+            f"peer: {line.get('peer', '-')[:60]}"
+        )
+    for capacity in CAPACITIES:
+        own = [x["seconds"] for x in found["rounds"] if x["capacity"] == capacity]
+        print(f"a round at {capacity:5} slots: {1e3 * np.median(own):.2f} ms")
+    print(f"programs for each width: {found['programs']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures; 0 where the texts are the peer's, up to ties."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a random toy model")
+    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--rows", type=int, default=1, help="prompts of a group")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=25, help="of the draft model")
+    chosen = parser.parse_args(arguments)
+    output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
+    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows)
+    if chosen.smoke:
+        chosen.layers, chosen.repeats = 1, 1
+    if not 0 < chosen.layers <= subject.config.layers:
+        parser.error(f"--layers {chosen.layers}: 1 to {subject.config.layers} expected")
+    peers = not chosen.smoke and importlib.util.find_spec("torch") is not None
+    every, programs = ways(subject, chosen.layers, peers)
+    present = [name for name in PACKAGES if importlib.util.find_spec(_module(name))]
+    found: dict[str, Any] = {
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in present},
+        "setting": {"new": subject.new, "length": subject.length, "smoke": chosen.smoke}
+        | {"draft model": [chosen.layers, DRAFTED], "repeats": chosen.repeats},
+        "runs": compare(subject, every, chosen.repeats),
+    }
+    widths = {
+        min(w for w in subject.widths if w >= len(p))
+        for group in subject.prompts.values()
+        for p in group
+    }
+    found["programs"] = {
+        name: f"{program._cache_size()} for {len(widths)}"
+        for name, program in programs.items()
+    }
+    found["batch"] = in_a_batch(subject, every)
+    found["rounds"] = rounds(subject, 3)
+    found["table"] = table(found)
+    write_json(output, found)
+    show(found)
+    return int(any(line["apart"] > line["ties"] for line in found["table"]))
+
+
+def _module(package: str) -> str:
+    return package.replace("-", "_")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
