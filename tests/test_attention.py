@@ -117,7 +117,7 @@ def test_members_on_one_axis_are_read_together(monkeypatch):
 
     def read(params):
         state = lm.init(params, 1, 20)
-        out, state = lm.extend(params, state, tokens)
+        _, state = lm.extend(params, state, tokens)
         return lm.extend(params, state, tokens)[0].logits
 
     found = jax.vmap(read)(both)
