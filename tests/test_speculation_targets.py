@@ -8,12 +8,8 @@ import speculation as spec
 from speculation import LM, PARAMS, PROMPTS, VOCAB, draws
 
 from collab_jax import combine, decode, law, pool, warp
-from collab_jax.cooperate.efficient import coupled
-from collab_jax.cooperate.efficient.cascade import (
-    defer,
-    defer_tokens,
-    total_variation,
-)
+from collab_jax.cooperate.efficient import cascade, coupled
+from collab_jax.cooperate.efficient.cascade import total_variation
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.efficient.reuse import (
     Drafted,
@@ -31,8 +27,8 @@ POOLS = {
     "ensemble": pool.mixture(0.6, 0.4),
     "contrast": pool.contrast(0.1, 0.5),
     "product": pool.linear(0.5, 0.5),
-    "cascade": defer(0.5),
-    "cascade of tokens": defer_tokens(0.4),
+    "cascade": cascade.optimal(0.5),
+    "cascade of tokens": cascade.token_v3(0.4),
 }
 WARPS = (warp.repetition_penalty(1.4), warp.temperature(0.8), warp.top_p(0.95))
 
@@ -92,7 +88,7 @@ def test_a_stacked_ensemble_is_a_target_like_any_other():
 
 def test_a_composite_follows_its_law():
     """Block verification, cascade, penalties: chi-square of three tokens."""
-    pooled = defer_tokens(0.4)
+    pooled = cascade.token_v3(0.4)
     whole = warp.warp(combine.product([LM, LM], pooled), *WARPS)
     shared = warp.warp(combine.product([LM, component(VOCAB)], pooled), *WARPS)
     draft = draft_lm(warp.warp(remembered(LM), *WARPS), 3, whole=True)
@@ -111,36 +107,40 @@ def laws(seed=0, count=50, vocab=6):
     return law.log_probs(z)
 
 
-def naive_defer(p, q, alpha):
-    distance = 0.5 * abs(p - q).sum()
-    return p if q.max() < p.max() - alpha * distance else q
+def kept(p, q, alpha):
+    """The equations: whether the small model stays, at all or for which tokens."""
+    every, distance = range(len(p)), 0.5 * abs(p - q).sum()
+    return {
+        "chow": q.max() >= 1 - alpha,
+        "difference": q.max() >= p.max() - alpha,
+        "optimal": q.max() >= p.max() - alpha * distance,
+        "token_v1": [x for x in every if q[x] >= p.max() - alpha],
+        "token_v2": [x for x in every if p[x] >= p.max() - alpha],
+        "token_v3": [x for x in every if p[x] >= (1 - alpha) * p.max()],
+    }
 
 
-def naive_defer_tokens(p, q, alpha):
-    v = np.zeros_like(p)
-    good = [x for x in range(len(p)) if p[x] >= (1 - alpha) * p.max()]
-    for x in range(len(p)):
-        v[x] = q[x] * (x in good) + p[x] * sum(
-            q[y] for y in range(len(q)) if y not in good
-        )
-    return v
+def naive(name, p, q, alpha):
+    good = kept(p, q, alpha)[name]
+    if not isinstance(good, list):
+        return q if good else p
+    rest = sum(q[y] for y in range(len(q)) if y not in good)
+    return np.array([q[x] * (x in good) + p[x] * rest for x in range(len(p))])
 
 
-@pytest.mark.parametrize(
-    ("made", "naive"), [(defer, naive_defer), (defer_tokens, naive_defer_tokens)]
-)
-def test_cascades_are_their_equations(made, naive):
+@pytest.mark.parametrize("name", kept(np.ones(2) / 2, np.ones(2) / 2, 0.5))
+def test_cascades_are_their_equations(name):
     p, q = laws()
     for alpha in (0.0, 0.3, 1.0):
-        found = np.exp(made(alpha)([p, q]))[:, 0]
+        found = np.exp(getattr(cascade, name)(alpha)([p, q]))[:, 0]
         for row in range(len(found)):
-            expected = naive(np.exp(p[row, 0]), np.exp(q[row, 0]), alpha)
+            expected = naive(name, np.exp(p[row, 0]), np.exp(q[row, 0]), alpha)
             np.testing.assert_allclose(found[row], expected, atol=1e-6)
 
 
 def test_a_cascade_rejects_no_more_than_the_large_model():
     p, q = laws(1)
-    v = jnp.exp(defer(0.5)([p, q]))
+    v = jnp.exp(cascade.optimal(0.5)([p, q]))
     p, q = jnp.exp(p), jnp.exp(q)
     assert (total_variation(v, q) <= total_variation(p, q)).all()
     assert (total_variation(v, q) == 0).any()
@@ -178,7 +178,8 @@ PAIR = combine.product([LM, component(VOCAB)], pool.mixture())
             ),
             "vocabularies of|a component over 3 tokens",
         ),
-        (lambda: defer_tokens(1.5), "alpha = 1.5"),
+        (lambda: cascade.token_v3(1.5), "alpha = 1.5"),
+        (lambda: cascade.chow(-0.5), "alpha = -0.5"),
     ],
 )
 def test_bad_input(act, message):
