@@ -142,3 +142,37 @@ def test_rows_end_inside_a_block():
         assert stopped[-1] or len(tokens) == 15
         endings.add("eos" if tokens[-1] == 4 else "stop" if stopped[-1] else "limit")
     assert endings == {"eos", "stop", "limit"}
+
+
+def naive_typical(prompt, new, size, epsilon, delta):
+    """Typical acceptance of the drafts of `copies`, one token after the other."""
+
+    def laws(text):
+        tokens = jnp.asarray([text])
+        out, _ = LM.extend(PARAMS[0], LM.init(PARAMS[0], 1, len(text)), tokens)
+        return np.asarray(jax.nn.softmax(out.logits[0]), np.float64)
+
+    text = list(prompt)
+    while len(text) < len(prompt) + new:
+        draft = text[:size][: min(len(text) % (size + 1), len(text))]
+        read = laws([*text, *draft])[len(text) - 1 :]
+        kept = []
+        for p, token in zip(read, draft, strict=False):
+            entropy = -(p * np.log(p)).sum()
+            if p[token] <= min(epsilon, delta * np.exp(-entropy)):
+                break
+            kept.append(token)
+        text += [*kept, int(np.argmax(read[len(kept)]))]
+    return text[len(prompt) : len(prompt) + new]
+
+
+def test_a_run_of_typical_acceptance_is_that_of_a_loop():
+    """Lossy: it keeps what greedy decoding would not have taken."""
+    decoder = speculate(on_lm(LM), copies(3), 12, verifier=verify.typical(0.2, 0.5))
+    found = draws(decoder, (PARAMS[0], ()))
+    greedy = draws(decode.greedy(LM, 12), PARAMS[0])
+    apart = 0
+    for row, prompt in enumerate(PROMPTS):
+        assert new_tokens(found, row) == naive_typical(prompt, 12, 3, 0.2, 0.5)
+        apart += new_tokens(found, row) != new_tokens(greedy, row)
+    assert apart
