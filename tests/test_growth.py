@@ -215,6 +215,24 @@ def test_a_chain_is_that_of_plain_draws():
         assert draft.tokens[row].tolist() == tokens[len(text) :]
 
 
+def test_nothing_is_drafted_from_nan():
+    """The law behind token 2 is NaN: a chain ends there, and a tree is not followed."""
+    one = table.language_model(1)
+    broken = table.init(jax.random.key(2), 3, 1).at[2].set(jnp.nan)
+    chain = proposed(growth.chain(4), [[2], [0], [1]] * 40, 1, broken, one)
+    for row, tokens in enumerate(chain.tokens.tolist()):
+        said = (
+            [[2, 0, 1][row % 3], *tokens].index(2) if 2 in tokens or not row % 3 else 4
+        )
+        assert int(chain.count[row]) == said
+    pair = proposed(growth.drawn([(0,), (1,)]), [[2]], 1, broken, one)
+    target = jnp.zeros((1, 3, 3))
+    found = tree.recursive().outcomes(target, pair)[0]
+    np.testing.assert_allclose(found, jnp.eye(3, 1) * jnp.full(3, 1 / 3), atol=1e-6)
+    dead = proposed(growth.expanded(2, 2, 4), [[2]], 1, broken, one)
+    assert dead.count.tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("make", "found"),
     [

@@ -3,8 +3,7 @@
 A `Growth` gets the draft's law behind the pending token. Level by level it chooses the
 nodes that hang from what was read, and asks for the laws behind those of them that get
 children themselves. Leaves are never read. Who reads is another choice: an LM
-(`draft_tree`), or a layer over the target's features (`feature_drafter`). A row whose
-law is NaN drafts nothing.
+(`draft_tree`), or a layer over the target's features (`feature_drafter`).
 
 Shapes: B rows, N nodes of the draft, D nodes of its longest path, M nodes that are read
 (R of them so far), V vocabulary, W children of a node.
@@ -111,6 +110,8 @@ def drawn(paths: Sequence[Sequence[int]]) -> Growth:
 def chain(length: int) -> Growth:
     """A chain `x_i ~ q(. | x_<i)`, i = 1 .. K, with its law, for verifiers of chains.
 
+    It ends before a law that is NaN. (Verifiers of trees never accept from such a law.)
+
     Args:
       length: K.
 
@@ -125,7 +126,9 @@ def chain(length: int) -> Growth:
 
     def grow(*arguments):
         draft, place, state = tree.grow(*arguments)
-        return draft._replace(parents=None), place, state
+        known = ~jnp.isnan(draft.law).any(-1)
+        count = jnp.cumprod(known, axis=1).sum(1, dtype=jnp.int32)
+        return draft._replace(count=count, parents=None), place, state
 
     return tree._replace(grow=grow)
 
@@ -164,10 +167,9 @@ def _fixed(paths: Sequence[Sequence[int]], random: bool) -> Growth:
                 text = tokens[:, np.array(seen)]
                 found, state = read(state, text, above, len(seen) - first)
                 laws.append(found)
-        known = ~jnp.stack([jnp.isnan(z).any((1, 2)) for z in laws]).any(0)
         draft = Draft(
             tokens,
-            jnp.where(known, size, 0).astype(jnp.int32),
+            jnp.full(batch, size, jnp.int32),
             jnp.concatenate(laws, axis=1)[:, of_parent + 1] if random else None,
             jnp.broadcast_to(jnp.array(parents, jnp.int32), tokens.shape),
         )
