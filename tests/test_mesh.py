@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from collab_jax import combine, decode, mesh, pool, score, warp
 from collab_jax.lm import language_model
+from collab_jax.models import attention
 from collab_jax.models.config import from_hf
 from collab_jax.models.transformer import init, transformer
 
@@ -62,13 +63,15 @@ def agree(results):
 
 
 @pytest.mark.parametrize(
-    ("name", "axes"),
+    ("name", "axes", "block"),
     [
-        *((name, {"data": 2, "model": 4}) for name in FAMILIES),
-        ("llama", {"data": 8, "model": 1}),
+        *((name, {"data": 2, "model": 4}, 128) for name in FAMILIES),
+        ("llama", {"data": 8, "model": 1}, 128),
+        ("gemma2", {"data": 4, "model": 2}, 4),  # the buffer is read in blocks
     ],
 )
-def test_tensor_and_data_parallel_decode(name, axes):
+def test_tensor_and_data_parallel_decode(name, axes, block, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_BLOCK", block)
     lm, params = model(name)
     devices = mesh.make_mesh(**axes)
     sharded = mesh.shard(params, devices, mesh.tensor_parallel("model"))
