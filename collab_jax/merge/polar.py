@@ -18,6 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.lax.linalg import SvdAlgorithm
 
 _HIGHEST = Precision.HIGHEST  # a TPU would multiply in bfloat16 otherwise
 _LONG = 4  # a matrix so many times longer than wide is reduced to a square first
@@ -179,9 +180,47 @@ def svd(x: jax.Array, rtol=None) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, t = thin(x)
         u, s, v = svd(t, rtol)
         return product(q, u), s, v
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    cpu = _surely if x.size else _platform_svd
+    u, s, vt = jax.lax.platform_dependent(x, cpu=cpu, default=_platform_svd)
     kept = s > rtol * s[:1]
     return u * kept, s * kept, vt.T * kept
+
+
+def _platform_svd(x: jax.Array, algorithm=SvdAlgorithm.DEFAULT):
+    found = jax.lax.linalg.svd(x, full_matrices=False, algorithm=algorithm)
+    return tuple(found)
+
+
+def _by_steps(x: jax.Array):
+    return _platform_svd(x, SvdAlgorithm.QR)
+
+
+@jax.custom_jvp
+def _surely(x: jax.Array):
+    """LAPACK's SVD, by QR steps where its divide and conquer has failed.
+
+    That happens, with NaN everywhere: seen in the projections of real models, where
+    nearly orthogonal bases come together. As turns of a loop both take the same memory.
+    """
+
+    def wanted(carry):
+        turn, (_, s, _) = carry
+        failed = jnp.isnan(s).any() & jnp.isfinite(x).all()
+        return (turn == 0) | ((turn == 1) & failed)
+
+    def attempt(carry):
+        turn, _ = carry
+        return turn + 1, jax.lax.cond(turn == 0, _platform_svd, _by_steps, x)
+
+    # of x, so that they do not exist before it
+    first = jax.lax.optimization_barrier(x)[0, 0]
+    blank = [jnp.full(y.shape, first) for y in jax.eval_shape(_platform_svd, x)]
+    return jax.lax.while_loop(wanted, attempt, (0, tuple(blank)))[1]
+
+
+@_surely.defjvp
+def _(primals, tangents):
+    return jax.jvp(_by_steps, primals, tangents)
 
 
 def top_svd(x: jax.Array, r: int, rtol=None):
