@@ -28,6 +28,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -94,13 +95,20 @@ def measure(
 
     Raises:
       Unknown: where they are not known, and nothing new is measured.
+      FloatingPointError: for a loss that is not a number.
     """
     said = json.dumps([*label, *map(digest, split)])
     key = f"{label[0]} {hashlib.sha256(said.encode()).hexdigest()[:16]}"
     if key not in meter.known:
         if meter.frozen:
             raise Unknown
-        meter.known[key] = losses_of(meter, split, make())
+        found = losses_of(meter, split, make())
+        if not all(map(math.isfinite, found)):
+            raise FloatingPointError(
+                f"{label[0]}: losses {found}, finite numbers are expected; the merge "
+                "made NaN or infinity of finite models, which is a fault of its method"
+            )
+        meter.known[key] = found
         write_json(meter.path, meter.known)
     return meter.known[key]
 
