@@ -9,6 +9,7 @@ The data are `Batch`es of rows, made by `collab_jax.packing`.
 Shapes: N rows of data, B rows of a batch, T tokens of a row, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -117,14 +118,7 @@ def mean_nats(
     >>> mean_nats(read, jnp.zeros((2, 4)), hidden, jnp.array([[0, 1, 3]]), ones)
     Array(1.386..., dtype=float32)
     """
-    weights, count = weights.astype(jnp.float32), targets.shape[1]
-    chunk = min(chunk, count)
-
-    def parts(leaf: jax.Array) -> jax.Array:  # [B, T, ..] -> [parts, B, chunk, ..]
-        width = [(0, 0), (0, -count % chunk)] + [(0, 0)] * (leaf.ndim - 2)
-        leaf = jnp.pad(leaf, width)
-        leaf = leaf.reshape(leaf.shape[0], -1, chunk, *leaf.shape[2:])
-        return jnp.moveaxis(leaf, 1, 0)
+    weights = weights.astype(jnp.float32)
 
     @jax.checkpoint
     def part(params, hidden, targets, weights):
@@ -134,16 +128,41 @@ def mean_nats(
         # a token of weight 0 may be forbidden: 0 * inf would be NaN
         return jnp.where(weights == 0, 0.0, weights * nats).sum((0, 1))
 
-    def body(total, xs):
-        return total + part(params, *xs), None
-
-    total, _ = jax.lax.scan(
-        body,
-        jnp.zeros(targets.shape[2:], jnp.float32),
-        (parts(hidden), parts(targets), parts(weights)),
+    total = over_positions(
+        functools.partial(part, params), (hidden, targets, weights), chunk
     )
     whole = weights.sum((0, 1))
     return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+
+def over_positions(
+    part: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+    """Sum of a function over pieces of the positions, one piece after the other.
+
+    Args:
+      part: of pieces `[B, chunk, ...]` of the arrays; the last piece is filled with 0.
+      arrays: `[B, T, ...]` each.
+      chunk: positions in a piece.
+
+    >>> x, weights = jnp.array([[1.0, 2.0, 3.0]]), jnp.ones((1, 3))
+    >>> float(over_positions(lambda x, w: (w * (x + 1)).sum(), (x, weights), 2))
+    9.0
+    """
+    count = arrays[0].shape[1]
+    chunk = min(chunk, count)
+
+    def pieces(leaf: jax.Array) -> jax.Array:  # [B, T, ..] -> [pieces, B, chunk, ..]
+        width = [(0, 0), (0, -count % chunk)] + [(0, 0)] * (leaf.ndim - 2)
+        leaf = jnp.pad(leaf, width)
+        leaf = leaf.reshape(leaf.shape[0], -1, chunk, *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 1, 0)
+
+    def body(carry, xs):
+        return carry, part(*xs)
+
+    _, sums = jax.lax.scan(body, (), tuple(map(pieces, arrays)))
+    return sums.sum(0)
 
 
 def finetuner(
@@ -181,6 +200,26 @@ def finetuner(
             return loss(backbone, params, batch, chunk, remat)
         whole = lora.apply(base, params, lora_scale)
         return loss(backbone, whole, batch, chunk, remat)
+
+    return descent(objective, optimizer)
+
+
+def descent(
+    objective: Callable[[Params, Params, Batch], jax.Array],
+    optimizer: optax.GradientTransformation,
+) -> Finetuner:
+    """Gradient steps on any loss of trained parameters, frozen ones and a batch.
+
+    Args:
+      objective: (params, base, batch) -> a scalar; base is what stays as it is.
+      optimizer: any optax transformation.
+
+    >>> square = lambda params, base, batch: ((params - base) ** 2).sum()
+    >>> tuner = descent(square, optax.sgd(0.25))
+    >>> tuned, info = tuner.step(1.0, tuner.init(jnp.array(3.0)), None)
+    >>> float(tuned.params), float(info.loss), float(info.norm)
+    (2.0, 4.0, 4.0)
+    """
 
     def init(params: Params) -> Tuned:
         return Tuned(params, optimizer.init(params))
