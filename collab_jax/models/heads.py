@@ -2,9 +2,10 @@
 
 `linear` reads a number (or a few) from each token: a value, a reward, a router's score.
 `residual` is the head of Medusa (arXiv:2401.10774) and of SpecDec++'s acceptance
-prediction (arXiv:2405.19715): residual blocks and then a linear layer.
+prediction (arXiv:2405.19715): residual blocks and then a linear layer. `feed_forward`
+is the layer of blockwise parallel decoding (arXiv:1811.03115).
 
-Shapes: `...` any leading axes, W width of the hidden states, O outputs.
+Shapes: `...` any leading axes, W width of the hidden states, I width inside, O outputs.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,10 @@ class Head(NamedTuple):
 
 
 class Blocks(nn.Module):
-    """`x = x + silu(W x + c)` a few times, then a linear layer."""
+    """`x = x + silu(W x + c)` a few times, then a linear layer if there are outputs."""
 
     width: int
-    outputs: int
+    outputs: int | None
     blocks: int
     dtype: Any = jnp.float32
 
@@ -37,13 +38,31 @@ class Blocks(nn.Module):
         """Declares the blocks and the last layer."""
         size = (self.width, self.width, True, self.dtype)
         self.block = [Projection(*size) for _ in range(self.blocks)]
-        self.out = Projection(self.width, self.outputs, True, self.dtype)
+        if self.outputs is not None:
+            self.out = Projection(self.width, self.outputs, True, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[..., W]` to `[..., O]` float32."""
+        """Maps `[..., W]` to `[..., O]` float32, or to `[..., W]` in the type of x."""
         for block in self.block:
             x = x + jax.nn.silu(block(x))
-        return self.out(x).astype(jnp.float32)
+        return x if self.outputs is None else self.out(x).astype(jnp.float32)
+
+
+class FeedForward(nn.Module):
+    """`x + down(relu(up x))`."""
+
+    width: int
+    inner: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        """Declares both layers."""
+        self.up = Projection(self.width, self.inner, True, self.dtype)
+        self.down = Projection(self.inner, self.width, True, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., W]` to `[..., W]` in the type of x."""
+        return x + self.down(jax.nn.relu(self.up(x)))
 
 
 def linear(width: int, outputs: int = 1, dtype: Any = jnp.float32) -> Head:
@@ -62,7 +81,7 @@ def linear(width: int, outputs: int = 1, dtype: Any = jnp.float32) -> Head:
 
 
 def residual(
-    width: int, outputs: int = 1, blocks: int = 1, dtype: Any = jnp.float32
+    width: int, outputs: int | None = 1, blocks: int = 1, dtype: Any = jnp.float32
 ) -> Head:
     """Residual blocks `x <- x + silu(W x + c)`, then a linear layer.
 
@@ -70,9 +89,9 @@ def residual(
 
     Args:
       width: W.
-      outputs: O.
+      outputs: O; None for the blocks alone, a new hidden state in the place of the old.
       blocks: how many.
-      dtype: type of the parameters; outputs are float32.
+      dtype: type of the parameters; outputs are float32, hidden states as they came.
 
     Raises:
       ValueError: for sizes below 1, or a negative number of blocks.
@@ -82,18 +101,51 @@ def residual(
     >>> sorted(params), head.apply(params, jnp.ones((2, 4))).shape
     (['block_0', 'block_1', 'out'], (2, 10))
     """
-    if width < 1 or outputs < 1 or blocks < 0:
+    if width < 1 or (outputs is not None and outputs < 1) or blocks < 0:
         raise ValueError(
             f"width {width}, outputs {outputs}, blocks {blocks}: sizes of at least 1 "
             "and 0 or more blocks are expected"
         )
-    module = Blocks(width, outputs, blocks, dtype)
+    start = {f"block_{i}" for i in range(blocks)}
+    return _head(Blocks(width, outputs, blocks, dtype), start)
+
+
+def feed_forward(width: int, inner: int, dtype: Any = jnp.float32) -> Head:
+    """A new hidden state in the place of the old: `y = x + W2 relu(W1 x + c1) + c2`.
+
+    It starts at W2 = 0, c2 = 0, so that a new layer is the identity.
+
+    Args:
+      width: W.
+      inner: I.
+      dtype: type of the parameters; outputs have the type of the inputs.
+
+    Raises:
+      ValueError: for sizes below 1.
+
+    Source: arXiv 1811.03115, figure 3.
+
+    >>> head = feed_forward(width=2, inner=8)
+    >>> params = head.init(jax.random.key(0))
+    >>> head.apply(params, jnp.array([3.0, 4.0])).tolist()
+    [3.0, 4.0]
+    """
+    if width < 1 or inner < 1:
+        raise ValueError(
+            f"width {width}, inner {inner}: sizes of at least 1 are expected"
+        )
+    return _head(FeedForward(width, inner, dtype), {"down"})
+
+
+def _head(module: Any, zero: set[str]) -> Head:
+    """The head of a Linen module over `width`, of which some layers start at 0."""
 
     def init(key: jax.Array) -> Params:
-        params = dict(module.init(key, jnp.zeros((1, width), dtype))["params"])
-        for i in range(blocks):
-            params[f"block_{i}"] = jax.tree.map(jnp.zeros_like, params[f"block_{i}"])
-        return params
+        x = jnp.zeros((1, module.width), module.dtype)
+        params = dict(module.init(key, x).get("params", {}))
+        return params | {
+            name: jax.tree.map(jnp.zeros_like, params[name]) for name in zero
+        }
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         y: Any = module.apply({"params": params}, x)
