@@ -37,7 +37,7 @@ def methods(names: Sequence[str], score: Callable[[Tensors], float]) -> list[Met
       score: of a model on validation rows, higher is better; for the greedy soup.
     """
     layers = count_layers(names)
-    sums, ones = (0.3, 0.5, 0.7, 1.0), (1.0, 1.5, 2.0)
+    sums, ones = (0.3, 0.5, 0.7, 1.0, 1.3), (1.0, 1.5, 2.0)
 
     def by(make, values, random=False, name="lambda"):
         """One setting for each value of a scale."""
@@ -77,15 +77,15 @@ def methods(names: Sequence[str], score: Callable[[Tensors], float]) -> list[Met
         "DARE": by(lambda lam: recipes.dare(0.9, lam), sums[:2], True),
         "DARE-TIES": by(lambda lam: recipes.dare_ties(0.9, 0.2, lam), (0.5, 1.0), True),
         "DELLA": by(lambda lam: recipes.della(0.5, 0.1, lam), ones[:2], True),
-        "Breadcrumbs": by(lambda a: recipes.breadcrumbs(0.85, 0.01, a), (*sums, 1.5)),
+        "Breadcrumbs": by(lambda a: recipes.breadcrumbs(0.85, 0.01, a), (*sums, 1.6)),
         "MagMax": by(recipes.magmax, (0.5, 1.0)),
         "PCB": by(lambda lam: compete.pcb(0.1, lam), ones),
         "SCE": by(averages.sce, (0.1, 0.5), name="share"),
         "Consensus TA": by(lambda lam: localized.consensus(2, 0.4, lam), sums),
-        "TSV-M": by(lambda lam: _spectral(spectral.tsv_m(lam)), (0.5, 1.0)),
-        "Iso-C": by(lambda lam: _spectral(spectral.iso_c(lam)), (0.5, 1.0)),
-        "Iso-CTS": by(lambda lam: _spectral(spectral.iso_cts(0.8, lam)), (0.5, 1.0)),
-        "WUDI": by(lambda lam: _spectral(spectral.wudi(0.0, lam)), (0.5, 1.0)),
+        "TSV-M": by(lambda lam: _spectral(spectral.tsv_m(lam)), (0.5, 1.0, 1.5)),
+        "Iso-C": by(lambda lam: _spectral(spectral.iso_c(lam)), (0.5, 1.0, 1.5, 2.0)),
+        "Iso-CTS": by(lambda lam: _spectral(spectral.iso_cts(0.8, lam)), (0.5, 1.0, 1.5, 2.0)),
+        "WUDI": by(lambda lam: _spectral(spectral.wudi(0.0, lam)), (0.5, 1.0, 1.5)),
         "TALL masks (a model per task)": (tall, False),
         "EMR (a model per task)": ((("", _apart(localized.emr)),), False),
     }  # fmt: skip
