@@ -18,7 +18,6 @@ the prompt read; programs are compiled before. A ratio is that of the sums.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import os
 import sys
@@ -33,6 +32,7 @@ import jax
 import numpy as np
 from measuring.atomic import write_json
 from speculating import same
+from speculating.strategies import DRAFTED, cut
 from speculating.subject import NAME, Subject, real, texts, toy
 
 from collab_jax import decode, warp
@@ -48,7 +48,6 @@ from collab_jax.models import transformer
 RESULTS = Path(__file__).parent / "results" / "bench_speculative.json"
 PACKAGES = "collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"
 BAR = 1.5
-DRAFTED = 4  # tokens of a draft of the draft model
 CAPACITIES = 512, 8192  # tokens
 ROUNDS = 32
 
@@ -60,19 +59,6 @@ class Way(NamedTuple):
 
     ours: Run
     peer: Run | None
-
-
-def cut(subject: Subject, layers: int) -> tuple[Any, Any]:
-    """The first layers with the last norm and the head, as a model: config, params."""
-    config = dataclasses.replace(
-        subject.config,
-        layers=layers,
-        rotary=subject.config.rotary[:layers],
-        windows=subject.config.windows[:layers],
-        sparse=subject.config.sparse[:layers],
-    )
-    gone = {f"layers_{i}" for i in range(layers, subject.config.layers)}
-    return config, {k: v for k, v in subject.params.items() if k not in gone}
 
 
 def timed(program: Callable, params: Any, subject: Subject) -> Run:

@@ -79,7 +79,7 @@ def measure(
             if key not in found["plain"]:
                 prompt, length = subject.first(name, rows, ROWS)
                 result = plain(None, subject.params, prompt, length, jax.random.key(0))
-                found["plain"][key] = texts(result, len(rows))
+                found["plain"][key] = same.packed(texts(result, len(rows)))
                 save()
             advance()
         for draft in chosen:
@@ -99,7 +99,12 @@ def measure(
                     params = subject.params, ()
                     result = program(None, params, prompt, length, jax.random.key(0))
                     own[key] = batch_report(
-                        subject, margin, result, name, rows, found["plain"][key]
+                        subject,
+                        margin,
+                        result,
+                        name,
+                        rows,
+                        same.unpacked(found["plain"][key]),
                     )
                     save()
                 advance()

@@ -11,6 +11,16 @@ from collab_jax.lm import LM
 TIE = 1e-4  # two candidates closer than this may come in either order
 
 
+def packed(rows: Sequence[Sequence[int]]) -> list[str]:
+    """Token ids for a file that people look at: a line for each row."""
+    return [" ".join(map(str, row)) for row in rows]
+
+
+def unpacked(rows: Sequence[str]) -> list[list[int]]:
+    """What `packed` made lines of."""
+    return [[int(token) for token in row.split()] for row in rows]
+
+
 def part(one: Sequence[int], other: Sequence[int]) -> int | None:
     """The first step at which two rows differ."""
     if list(one) == list(other):

@@ -1,0 +1,213 @@
+"""Greedy text is the same with every draft, for every target, in batches of 1 and 8.
+
+Claim: with any proposer the greedy text of the plain target, and with n-gram drafts
+that of every target (penalised, merged, ensembled, contrastive, proxy-tuned,
+context-aware, and all of these at once), is token for token that of plain greedy
+decoding of the same target; where it is not, the two best candidates are shown to lie
+within 1e-4. So is the full cross of targets and proposers, on short texts.
+Command: python experiments/speculative_exact.py [--smoke] [--toy] [--data DIR]
+[--parts P ...] [--rows N] [--output FILE]; a run that was stopped is taken up again.
+Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
+`cross` (one prompt of a group, 32 new tokens).
+Data: as for speculative_speed.py.
+Hardware: two CPU cores, 12 GiB; `--toy`, a random Llama: minutes (`--smoke`: a few
+cases of it).
+Expected: not run whole yet.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from measuring.atomic import write_json
+from speculating import same
+from speculating.strategies import Source, Strategy, sources, targets
+from speculating.subject import Subject, real, texts, toy
+
+from collab_jax import decode
+from collab_jax.commands.progress import progress
+from collab_jax.cooperate.efficient import exact
+from collab_jax.cooperate.efficient.speculate import speculate
+from collab_jax.cooperate.efficient.target import on_lm
+
+RESULTS = Path(__file__).parent / "results" / "speculative_exact.json"
+PARTS = "proposers", "targets", "cross", "alone"
+PLAIN, FREE = "plain", "n-gram"
+
+
+class Case(NamedTuple):
+    """A target with a proposer, over some prompts."""
+
+    target: str
+    source: str
+    size: int  # rows of a batch
+    short: bool  # one prompt of a group and few tokens
+
+    @property
+    def key(self) -> str:
+        """Its name in the report."""
+        return " | ".join([self.target, self.source, str(self.size), *self.ending])
+
+    @property
+    def ending(self) -> list[str]:
+        """What is said of short texts."""
+        return ["short"] if self.short else []
+
+
+def cases(parts: Sequence[str], every: Sequence[str], drafts: Sequence[str]):
+    """What is run; the cheap parts first."""
+    found = []
+    if "proposers" in parts:
+        found += [Case(PLAIN, draft, 8, False) for draft in drafts]
+    if "targets" in parts:
+        found += [Case(target, FREE, 8, False) for target in every]
+    if "cross" in parts:
+        found += [Case(target, draft, 8, True) for target in every for draft in drafts]
+    if "alone" in parts:
+        found += [Case(PLAIN, draft, 1, False) for draft in drafts]
+        found += [Case(target, FREE, 1, False) for target in every]
+    return list(dict.fromkeys(found))
+
+
+class Trial:
+    """Everything that cases share: plain texts, and margins where texts differ."""
+
+    def __init__(self, subject: Subject, chosen: argparse.Namespace, found: dict):
+        """Keeps what was found before."""
+        self.subject, self.found = subject, found
+        self.targets = targets(subject, chosen.layers)
+        self.sources = sources(subject, chosen.layers)
+        self.of: tuple[str, Strategy] | None = None
+
+    def strategy(self, name: str) -> Strategy:
+        """A target; only the last one stays in memory."""
+        if self.of is None or self.of[0] != name:
+            self.of = None
+            self.of = name, self.targets[name]()
+        return self.of[1]
+
+    def prompts(self, name: str, rows: Sequence[int], short: bool, size: int):
+        """The prompts of a batch as lists, and padded."""
+        if short:  # of all groups together
+            lists = [group[0] for group in self.subject.prompts.values()]
+        else:
+            lists = [self.subject.prompts[name][row] for row in rows]
+        filled = lists + lists[:1] * (size - len(lists))
+        longest = max(map(len, filled))
+        width = min(w for w in self.subject.widths if w >= longest)
+        return lists, decode.pad(filled, width)
+
+    def run(self, case: Case, advance: Callable[[], None]) -> dict[str, Any]:
+        """Decodes the case, and plainly what is not known yet."""
+        target = self.strategy(case.target)
+        source: Source = self.sources[case.source]()
+        new = 32 if case.short else self.subject.new
+        ends = {"eos": self.subject.eos}
+        plain = decode.compile(lambda _: decode.greedy(target.lm, new, **ends))
+        drafted = decode.compile(
+            lambda _: speculate(
+                on_lm(target.lm), source.proposer, new, verifier=exact.greedy(), **ends
+            )
+        )
+        batches = [("all", [0])] if case.short else self.subject.batches(case.size)
+        report: dict[str, Any] = {"rows": 0, "tokens": 0, "calls": 0, "apart": []}
+        begin = time.perf_counter()
+        for name, rows in batches:
+            size = len(self.subject.prompts) if case.short else case.size
+            lists, (prompt, length) = self.prompts(name, rows, case.short, size)
+            params, key = target.rows(target.params, prompt), jax.random.key(0)
+            place = " | ".join([case.target, name, *map(str, rows), *case.ending])
+            known = self.found["plain"]
+            if place not in known:
+                result = plain(None, params, prompt, length, key)
+                known[place] = same.packed(texts(result, len(lists)))
+            result = drafted(None, (params, source.params), prompt, length, key)
+            got = texts(result, len(lists))
+            report["rows"] += len(lists)
+            report["tokens"] += sum(map(len, got))
+            report["calls"] += int(np.asarray(result.info.calls)[: len(lists)].sum())
+            report["apart"] += self.differences(
+                target, name, lists, got, same.unpacked(known[place])
+            )
+            advance()
+        return report | {"seconds": round(time.perf_counter() - begin, 1)}
+
+    def differences(self, target, name, lists, got, expected):
+        """Where rows differ from the plain ones, in the law of the target itself."""
+        if got == expected:
+            return []
+
+        def margin(prompt, new):
+            one, _ = decode.pad([prompt], 1)
+            own = target.rows(target.params, one)
+            return same.margins(target.lm, own)(prompt, new)
+
+        rows = range(len(lists))
+        apart = same.differences(rows, lists, got, expected, margin)
+        return [{"group": name, **gap} for gap in apart]
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table."""
+    print(
+        f"\n{'target':16}{'proposer':18}{'batch':>6}{'rows':>6}{'tok/call':>10}  apart"
+    )
+    for key, report in found["cases"].items():
+        target, source, size, *short = key.split(" | ")
+        rate = report["tokens"] / max(report["calls"], 1)
+        ties = sum(gap["tie"] for gap in report["apart"])
+        size = "6" if short else size
+        print(
+            f"{target:16}{source:18}{size:>6}{report['rows']:6}{rate:10.2f}  "
+            f"{len(report['apart'])} ({ties} by a tie)"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is missing; 0 where every text is the plain one, up to ties."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a few cases of --toy")
+    parser.add_argument("--toy", action="store_true", help="a random Llama")
+    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rows", type=int, default=10, help="prompts of a group")
+    parser.add_argument("--layers", type=int, help="of draft models and amateurs")
+    chosen = parser.parse_args(arguments)
+    small = chosen.smoke or chosen.toy
+    output = chosen.output or (
+        RESULTS.with_stem("speculative_exact_toy") if small else RESULTS
+    )
+    subject = toy() if small else real(chosen.data, chosen.rows)
+    chosen.layers = chosen.layers or (1 if small else 25)
+    setting = {"data": bool(chosen.data), "rows": chosen.rows, "toy": small}
+    setting |= {"layers": chosen.layers, "new": subject.new, "length": subject.length}
+    found: dict[str, Any] = {"setting": setting, "plain": {}, "cases": {}}
+    if output.exists():
+        before = json.loads(output.read_text("utf-8"))
+        found = before if before["setting"] == setting else found
+    trial = Trial(subject, chosen, found)
+    every = cases(chosen.parts, list(trial.targets), list(trial.sources))
+    if chosen.smoke:
+        every = [Case(PLAIN, "tree of heads", 8, True), Case("ensemble", FREE, 8, True)]
+        every += [Case("context-aware", "expanded tree", 8, True)]
+    missing = [case for case in every if case.key not in found["cases"]]
+    total = sum(1 if c.short else len(subject.batches(c.size)) for c in missing)
+    with progress("batches", total) as advance:
+        for case in missing:
+            found["cases"][case.key] = trial.run(case, advance)
+            write_json(output, found)
+    show(found)
+    gaps = [gap for report in found["cases"].values() for gap in report["apart"]]
+    return int(any(not gap["tie"] for gap in gaps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
