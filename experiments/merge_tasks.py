@@ -11,16 +11,19 @@ Data: DIR or $COLLAB_JAX_DATA holds gsm8k/{train,test}.jsonl of
 https://github.com/openai/grade-school-math (grade_school_math/data) and
 true_false/*_true_false.csv of https://github.com/balevinstein/Probes (the statements of
 SAPLMA, arXiv 2304.13734). Without them, sums and reversed words are made here.
-Hardware: two CPU cores, 6 GiB; an expert took 5 to 7 minutes on a busy machine, and a
-merge about a minute. Two seeds of everything are estimated at an hour and a half where
-nothing else runs (`--smoke`: seconds, a random toy model, no files). Experts and
-measured losses are kept in the folder experiments/merge_tasks of the cache: a run that
-was stopped goes on, and `--kept` reports what is there.
-Expected: (November 2026; so far 1 seed of experts, so no spread but over draws, 24
-steps of 2 x 112 tokens, 8 test rows a task with 467, 92 and 388 answer tokens) the
-uniform soup keeps 0.87 of the experts' gain; task arithmetic 0.98 (lambda 1), LiNeS
-0.97, TIES 0.97, ExPO and DARE 0.94, MetaGPT and VaRM 0.88, Karcher mean and greedy soup
-as the soup, Model Stock 0.04. The report names what is not measured yet.
+Hardware: two CPU cores, 8 GiB; an expert takes 3 minutes, a joint model 8, a merge
+about a minute and a spectral one three: an hour and a half for two seeds where nothing
+else runs (`--smoke`: seconds, a random toy model, no files). Experts and measured
+losses are kept in the folder experiments/merge_tasks of the cache: a run that was
+stopped goes on, and `--kept` reports what is there.
+Expected: (November 2026; 2 seeds of experts, 24 steps of 2 x 112 tokens, 8 test rows a
+task with 467, 92 and 388 answer tokens; share of the experts' gain, mean and spread
+over the seeds) joint 1.00; WUDI 0.99, TSV-M 0.98, LiNeS, DARE-TIES, task arithmetic,
+Consensus, Breadcrumbs, PCB and TIES 0.96, DELLA and MagMax 0.95, ExPO and DARE 0.93,
+MetaGPT 0.87, VaRM 0.86, the soups and the Karcher mean 0.85, Iso-C 0.81, Iso-CTS 0.78
+(both still rising at the largest scale tried, 2), SCE 0.76, Model Stock 0.04; with one
+model per task EMR 0.99 and TALL masks 0.99. Spreads are 0.004 to 0.027: above task
+arithmetic with both seeds are the joint model, WUDI, EMR, TALL masks and TSV-M alone.
 """
 
 import argparse
