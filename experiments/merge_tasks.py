@@ -11,11 +11,11 @@ Data: DIR or $COLLAB_JAX_DATA holds gsm8k/{train,test}.jsonl of
 https://github.com/openai/grade-school-math (grade_school_math/data) and
 true_false/*_true_false.csv of https://github.com/balevinstein/Probes (the statements of
 SAPLMA, arXiv 2304.13734). Without them, sums and reversed words are made here.
-Hardware: two CPU cores, 8 GiB; an expert takes 3 minutes, a joint model 8, a merge
-about a minute and a spectral one three: an hour and a half for two seeds where nothing
-else runs (`--smoke`: seconds, a random toy model, no files). Experts and measured
-losses are kept in the folder experiments/merge_tasks of the cache: a run that was
-stopped goes on, and `--kept` reports what is there.
+Hardware: two CPU cores, 8 GiB; beside other work an expert took 2 to 7 minutes, a joint
+model 5 to 14, a merge about one and a spectral one three: about two hours for two seeds
+(`--smoke`: seconds, a random toy model, no files). Experts and measured losses are kept
+in the folder experiments/merge_tasks of the cache: a run that was stopped goes on, and
+`--kept` reports what is there.
 Expected: (November 2026; 2 seeds of experts, 24 steps of 2 x 112 tokens, 8 test rows a
 task with 467, 92 and 388 answer tokens; share of the experts' gain, mean and spread
 over the seeds) joint 1.00; WUDI 0.99, TSV-M 0.98, LiNeS, DARE-TIES, task arithmetic,

@@ -84,7 +84,9 @@ def methods(names: Sequence[str], score: Callable[[Tensors], float]) -> list[Met
         "Consensus TA": by(lambda lam: localized.consensus(2, 0.4, lam), sums),
         "TSV-M": by(lambda lam: _spectral(spectral.tsv_m(lam)), (0.5, 1.0, 1.5)),
         "Iso-C": by(lambda lam: _spectral(spectral.iso_c(lam)), (0.5, 1.0, 1.5, 2.0)),
-        "Iso-CTS": by(lambda lam: _spectral(spectral.iso_cts(0.8, lam)), (0.5, 1.0, 1.5, 2.0)),
+        "Iso-CTS": by(
+            lambda lam: _spectral(spectral.iso_cts(0.8, lam)), (0.5, 1.0, 1.5, 2.0)
+        ),
         "WUDI": by(lambda lam: _spectral(spectral.wudi(0.0, lam)), (0.5, 1.0, 1.5)),
         "TALL masks (a model per task)": (tall, False),
         "EMR (a model per task)": ((("", _apart(localized.emr)),), False),
