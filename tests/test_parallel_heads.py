@@ -184,7 +184,7 @@ def joint():
 
 def law_of(proposer):
     decoder = speculate(on_lm(LAW_LM), proposer, 4)
-    drawn = spec.counts(decoder, LAW_PARAMS, [1, 2, 1, 2], 4, runs=6000)
+    drawn = spec.counts(decoder, LAW_PARAMS, [1, 2, 1, 2], 4, runs=3000)
     return spec.chi_square(drawn, joint())
 
 

@@ -6,7 +6,8 @@ tokens in a row it stands at index `length - 2`, and head i speaks of index
 `length - 2 + 1 + i`: head 1 of the token behind the pending one, the first to draft.
 
 The state comes from the target's own call, so a draft costs the heads alone. In the
-first round there is none: nothing is drafted then, and the row gets one token.
+first round there is none: nothing is drafted then, and the row gets one token. So a run
+that is resumed from its text alone follows the same law along another path.
 
 Shapes: B rows, K heads, W width of the hidden states, N nodes of a tree, V vocabulary.
 """
