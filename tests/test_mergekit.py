@@ -222,11 +222,15 @@ def test_ranks(shape, axis):
 
 
 @pytest.mark.parametrize("width", [5, 300, (1 << 16) + 3])
-def test_ranks_of_bfloat16_and_of_what_is_finer(width):
-    """Blocks of both kinds in one array: 32 bits hold what 16 leave a place for."""
+def test_ranks_of_coarse_numbers_and_of_finer_ones(width):
+    """Rows of both kinds in one block: 32 bits hold what leaves a place for 16."""
     x = np.random.default_rng(width).standard_normal((400000 // width, width))
+    x[-1, -1] = np.inf
     rows = np.abs(x).astype(np.float32).view(np.uint32)
-    rows[: len(rows) // 2] &= 0xFFFF0000
+    coarse = np.arange(len(rows)) * 4 // len(rows)  # a quarter of each kind
+    rows[coarse == 0] &= 0xFFF00000
+    rows[(coarse == 1) & (np.arange(len(rows)) % 3 > 0)] &= 0xFFFE0000
+    rows[coarse == 2] &= 0xFF800000
     np.testing.assert_array_equal(
         rank._by_numpy(rows), naive_ranks(rows.view(np.float32), -1)
     )
