@@ -21,6 +21,11 @@ import numpy as np
 from collab_jax import tree
 from collab_jax.lm import Params, State
 
+_NO_PARAMETER = (
+    "no parameter is NaN; if a member is translated, this row may need more of its "
+    "tokens than there is room for: give translate a larger ratio"
+)
+
 
 class DecodeState(NamedTuple):
     """What must survive from step to step."""
@@ -304,5 +309,5 @@ def check_finite(result: Sequences, params: Params) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and bool(jnp.isnan(leaf).any())
     ]
     row = int(np.flatnonzero(np.isnan(scores))[0])
-    where = f"NaN in {', '.join(found[:4])}" if found else "no parameter is NaN"
+    where = f"NaN in {', '.join(found[:4])}" if found else _NO_PARAMETER
     raise FloatingPointError(f"the next-token law became NaN in row {row}: {where}")

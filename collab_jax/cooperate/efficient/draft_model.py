@@ -106,6 +106,10 @@ def draft_lm(
         batch = length.shape[0]
         keep = (lambda out: out) if whole else (lambda out: Out(out.logits))
 
+        def known(out):
+            """Rows that have a law: what is drawn from NaN or nothing is no draft."""
+            return jnp.isfinite(out.logits.max(-1))
+
         def draw(i, out, going, rule):
             """One more token: (token, rows that go on, the rule's state)."""
             token = law.draw(out.logits, key, length + i)
@@ -126,21 +130,22 @@ def draft_lm(
             last = jax.lax.dynamic_index_in_dim(drafted, i - 1, axis=1)
             out, inner = lm.extend(params, inner, last)
             out = jax.tree.map(lambda x: x[:, 0], out)
+            going &= known(out)
             count += going
             token, going, rule = draw(i, out, going, rule)
             drafted, outs = drafted.at[:, i].set(token), write(outs, i, out)
             return i + 1, inner, drafted, count, going, outs, rule
 
         out, inner = begin(params, state, tokens, length)
-        going = jnp.ones(batch, bool)
+        going = known(out)
+        count = going.astype(jnp.int32)
         token, going, rule = draw(jnp.int32(0), out, going, state.rule)
         slots = size + whole
         outs = jax.tree.map(
             lambda x: jnp.zeros((batch, slots, *x.shape[1:]), x.dtype), keep(out)
         )
         drafted = jnp.zeros((batch, size), jnp.int32).at[:, 0].set(token)
-        ones = jnp.ones(batch, jnp.int32)
-        carry = jnp.int32(1), inner, drafted, ones, going, write(outs, 0, out), rule
+        carry = jnp.int32(1), inner, drafted, count, going, write(outs, 0, out), rule
         carry = jax.lax.while_loop(more, step, carry)
         i, inner, drafted, count, _, outs, rule = carry
         if whole:
@@ -150,7 +155,8 @@ def draft_lm(
         draft = Draft(
             drafted, count, outs.logits[:, :size], None, outs if whole else None
         )
-        return draft, DraftState(inner, state.lag, ones * (i + whole), rule)
+        consumed = jnp.full(batch, i + whole, jnp.int32)
+        return draft, DraftState(inner, state.lag, consumed, rule)
 
     def observe(params, state, verified):
         params, own = split(params)
