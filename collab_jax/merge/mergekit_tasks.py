@@ -36,9 +36,9 @@ def same_size(part: Part) -> Callable[[Stack], Stack]:
 
     def apply(stack: Stack) -> Stack:
         after = inner.apply(stack, "", ())
-        was, now = pieces.over_leaf(
-            [[abs(d).sum() for d in each.deltas] for each in (stack, after)]
-        )
+        was = [abs(delta).sum() for delta in stack.deltas]
+        now = [pieces.summed(abs(delta)) for delta in after.deltas]
+        was, now = pieces.over_leaf([was, now])
         deltas = []
         for delta, old, new in zip(after.deltas, was, now, strict=True):
             known = (old >= 1e-7) & (new >= 1e-7)
