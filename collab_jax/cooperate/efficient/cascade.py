@@ -152,7 +152,16 @@ def token_v3(alpha) -> Pool:
 
 
 def check_share(alpha: Any) -> None:
-    """Refuses a known number outside of [0, 1]."""
+    """Refuses a known number outside of [0, 1].
+
+    Args:
+      alpha: a number, or a tracer, which is not known.
+
+    Raises:
+      ValueError: naming it.
+
+    >>> check_share(0.5)
+    """
     if not isinstance(alpha, jax.core.Tracer) and not 0 <= float(alpha) <= 1:
         raise ValueError(f"alpha = {alpha} was given, a number in [0, 1] is expected")
 
