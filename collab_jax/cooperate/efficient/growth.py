@@ -126,6 +126,7 @@ def chain(length: int) -> Growth:
 
     def grow(*arguments):
         draft, place, state = tree.grow(*arguments)
+        assert draft.law is not None  # of `drawn`
         known = ~jnp.isnan(draft.law).any(-1)
         count = jnp.cumprod(known, axis=1).sum(1, dtype=jnp.int32)
         return draft._replace(count=count, parents=None), place, state
