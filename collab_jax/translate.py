@@ -298,7 +298,7 @@ def spelling_cost(
     """What spelling token by token costs the member, in likelihood.
 
     Args:
-      lm: over the member's vocabulary.
+      lm: over the member's vocabulary; `opened` where its texts begin with a token.
       params: its parameters.
       bridge: from the pivot's vocabulary.
       tokens: a text in the pivot's tokens.

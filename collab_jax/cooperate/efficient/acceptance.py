@@ -62,6 +62,34 @@ def inputs(hidden: jax.Array, logits: jax.Array, token: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
+def foretold(
+    head: Head, read: Callable[[Out], jax.Array] = lambda out: out.features.hidden
+) -> Callable[..., jax.Array]:
+    """The log-probability of acceptance by a head, an `Estimate` of `budget`.
+
+    Args:
+      head: of `head`.
+      read: the hidden states `[B, W]` in the draft's outputs; given for composites,
+        whose features are tuples.
+
+    Returns:
+      A function of (the head's parameters, outputs of the draft, token `[B]`).
+
+    >>> from collab_jax.lm import Features
+    >>> made = head(2, 0)
+    >>> params = jax.tree.map(jnp.zeros_like, made.init(jax.random.key(0)))
+    >>> out = Out(jnp.zeros((1, 3)), Features(jnp.ones((1, 2))))
+    >>> jnp.exp(foretold(made)(params, out, jnp.array([1]))).tolist()
+    [0.5]
+    """
+
+    def estimate(params, out, token):
+        log_odds = head.apply(params, inputs(read(out), out.logits, token))
+        return jax.nn.log_sigmoid(log_odds[:, 0])
+
+    return estimate
+
+
 def acceptance_head(
     head: Head,
     threshold,
@@ -98,10 +126,11 @@ def acceptance_head(
         del params
         return jnp.zeros(batch, jnp.float32)
 
+    estimate = foretold(head, read)
+
     def step(params, state, i, out, token):
-        log_odds = head.apply(params, inputs(read(out), out.logits, token))[:, 0]
         before = jnp.where(i == 0, 0.0, state)  # a new draft: nothing is at risk yet
-        survival = before + jax.nn.log_sigmoid(log_odds)
+        survival = before + estimate(params, out, token)
         return survival, -jnp.expm1(survival) > threshold
 
     return Stopping(init, step, lambda params, state, _: state)
