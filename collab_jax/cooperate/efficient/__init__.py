@@ -3,10 +3,10 @@
 Speculative decoding is three independent choices, each a value of pure functions:
 
 - `draft`: what a `Proposer` returns and hears (`Draft`, `Verified`); `draft_model` and
-  `draft_tree` make proposers of any LM, `growth` and `topology` shape trees, `stopping`
-  and `acceptance` end drafts early; without a model draft `ngram`, `adaptive` and
-  `suffix` from the text, `recycle` and `lookahead` from what the target said before;
-  `parallel` and `feature_drafter` from its hidden states, trained by
+  `draft_tree` make proposers of any LM, `growth` and `topology` shape trees;
+  `stopping`, `acceptance` and `budget` end drafts early; without a model draft `ngram`,
+  `adaptive` and `suffix` from the text, `recycle` and `lookahead` from what the target
+  said before; `parallel` and `feature_drafter` from its hidden states, trained by
   `parallel_training` and `feature_training`; `distill` trains a draft model;
 - `target`: the law that the text is to follow (`Target`); `on_lm` makes one of any LM,
   `reuse` one in which the draft is a member, `early_exit` one that goes on from the
