@@ -90,15 +90,21 @@ def extrapolation_loss(
     )
 
     @jax.checkpoint
-    def nats(guesses, hidden, weights):
+    def nats(guesses, hidden, weights):  # [K]
         p = jnp.exp(law.log_probs(backbone.unembed(base, hidden)))[:, :, None]
         log_q = law.log_probs(_laws(backbone, base, guesses))
         cross = -jnp.where(p > 0, p * log_q, 0.0).sum(-1)
         return (weights * cross).sum((0, 1))
 
+    def where_it_counts(*pieces):  # no logits of prompts and padding
+        counts = (pieces[-1] != 0).any()
+        return jax.lax.cond(counts, nats, lambda *_: jnp.zeros(steps), *pieces)
+
     apart = optax.huber_loss(guesses, hidden[:, :, None]).mean(-1)
     total = feature_weight * (weights * apart).sum((0, 1))
-    total += law_weight * over_positions(nats, (guesses, hidden, weights), chunk)
+    total += law_weight * over_positions(
+        where_it_counts, (guesses, hidden, weights), chunk
+    )
     whole = weights.sum((0, 1))
     each = jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
     return jnp.sum(each * decay ** jnp.arange(steps))
