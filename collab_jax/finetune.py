@@ -140,9 +140,13 @@ def over_positions(
 ) -> jax.Array:
     """Sum of a function over pieces of the positions, one piece after the other.
 
+    Pieces without any weight cost nothing: the logits of prompts and padding are never
+    made.
+
     Args:
       part: of pieces `[B, chunk, ...]` of the arrays; the last piece is filled with 0.
-      arrays: `[B, T, ...]` each.
+        It is 0 where all weights are.
+      arrays: `[B, T, ...]` each; the last are the weights.
       chunk: positions in a piece.
 
     >>> x, weights = jnp.array([[1.0, 2.0, 3.0]]), jnp.ones((1, 3))
@@ -159,9 +163,15 @@ def over_positions(
         return jnp.moveaxis(leaf, 1, 0)
 
     def body(carry, xs):
-        return carry, part(*xs)
+        return carry, jax.lax.cond((xs[-1] != 0).any(), part, nothing, *xs)
 
-    _, sums = jax.lax.scan(body, (), tuple(map(pieces, arrays)))
+    xs = tuple(map(pieces, arrays))
+    like = jax.eval_shape(part, *(x[0] for x in xs))
+
+    def nothing(*_):
+        return jnp.zeros(like.shape, like.dtype)
+
+    _, sums = jax.lax.scan(body, (), xs)
     return sums.sum(0)
 
 

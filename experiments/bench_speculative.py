@@ -5,20 +5,23 @@ than transformers' assisted generation (prompt lookup, and a draft model); a bat
 runs, which transformers refuses; the time of a round does not follow the capacity of
 the cache; and prompts of one width share a program.
 Command: python experiments/bench_speculative.py [--smoke] [--data DIR] [--rows N]
-[--repeats R] [--layers E] [--output FILE]. Needs the extra `parity`; without torch ours
-is measured alone.
+[--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh]; a run that was
+stopped is taken up again. Needs the extra `parity`; without torch ours is measured
+alone.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 6 GiB; about half an hour (`--smoke`: seconds, ours alone,
 a random toy model).
 Expected: not run on an idle machine yet.
 
 The draft model is the first E layers of the model itself, with its norm and head. Who
-comes first alternates from prompt to prompt. Seconds are those of the whole call, with
+comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
+whatever holds the draft; transformers reads what it drafted. Seconds are those of the whole call, with
 the prompt read; programs are compiled before. A ratio is that of the sums.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -47,7 +50,7 @@ from collab_jax.models import transformer
 
 RESULTS = Path(__file__).parent / "results" / "bench_speculative.json"
 PACKAGES = "collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"
-BAR = 1.5
+WIDTHS = 1, 4  # tokens of a round, beside the widest
 CAPACITIES = 512, 8192  # tokens
 ROUNDS = 32
 
@@ -86,7 +89,11 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
 
     def with_draft(proposer):
         return speculate(
-            on_lm(model), proposer, subject.new, verifier=exact.greedy(), **ends
+            on_lm(model, widths=WIDTHS),
+            proposer,
+            subject.new,
+            verifier=exact.greedy(),
+            **ends,
         )
 
     size = subject.length
@@ -156,32 +163,45 @@ def peer(subject: Subject, config: Any, small: Any) -> dict[str, Run]:
     }
 
 
-def compare(subject: Subject, every: dict[str, Way], repeats: int) -> list[dict]:
-    """Times every way on every prompt, one at a time, after an untimed run of each."""
+def compare(
+    subject: Subject,
+    every: dict[str, Way],
+    repeats: int,
+    found: list[dict],
+    save: Callable[[], None],
+) -> None:
+    """Times what is missing of every way on every prompt, one at a time.
+
+    Every program and every way of the peer runs once before, untimed.
+    """
     prompts = [
         (g, n) for g, found in subject.prompts.items() for n in range(len(found))
     ]
     margin = same.margins(subject.lm, subject.params)
-    found, turn = [], 0
-    total = len(prompts) * len(every) * (repeats + 1)
-    with progress("prompts", total) as advance:
+    known = {
+        (line["way"], line["repeat"], line["group"], line["row"]) for line in found
+    }
+    turn = 0
+    with progress("prompts", len(prompts) * len(every) * repeats) as advance:
         for name, way in every.items():
             seen: set[int] = set()
-            for group, number in prompts:
-                prompt = subject.prompts[group][number]
-                width = min(w for w in subject.widths if w >= len(prompt))
-                if width not in seen:
-                    way.ours([prompt])
-                    seen.add(width)
-                advance()
-            if way.peer is not None:
-                way.peer([subject.prompts[prompts[0][0]][0]])
-            for _ in range(repeats):
+            for repeat in range(repeats):
                 for group, number in prompts:
+                    turn += 1
+                    if (name, repeat, group, number) in known:
+                        advance()
+                        continue
                     prompt = subject.prompts[group][number]
+                    width = min(w for w in subject.widths if w >= len(prompt))
+                    if way.peer is not None and not seen:
+                        way.peer([prompt])
+                    if width not in seen:
+                        way.ours([prompt])
+                        seen.add(width)
                     kinds = [k for k in ("ours", "peer") if getattr(way, k)]
                     kinds = kinds[::-1] if turn % 2 else kinds
-                    line: dict[str, Any] = {"way": name, "group": group, "row": number}
+                    line: dict[str, Any] = {"way": name, "repeat": repeat}
+                    line |= {"group": group, "row": number}
                     new = {}
                     for kind in kinds:
                         (text,), seconds = getattr(way, kind)([prompt])
@@ -192,18 +212,25 @@ def compare(subject: Subject, every: dict[str, Way], repeats: int) -> list[dict]
                             [number], [prompt], [new["ours"]], [new["peer"]], margin
                         )
                     found.append(line)
-                    turn += 1
+                    save()
                     advance()
-    return found
 
 
-def in_a_batch(subject: Subject, every: dict[str, Way]) -> dict[str, Any]:
+def in_a_batch(
+    subject: Subject,
+    every: dict[str, Way],
+    lines: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
     """Eight rows at once: ours beside ours one by one, and what the peer says."""
     prompts = [p for group in subject.prompts.values() for p in group]
     prompts = (prompts * 8)[:8]
-    lines = {}
     for name, way in every.items():
-        way.ours(prompts)
+        if name in lines:
+            continue
+        widths = {min(w for w in subject.widths if w >= len(p)): p for p in prompts}
+        for some in (prompts, *([prompt] for prompt in widths.values())):
+            way.ours(some)  # compiled before
         together, seconds = way.ours(prompts)
         alone = [way.ours([prompt]) for prompt in prompts]
         line = {
@@ -221,7 +248,7 @@ def in_a_batch(subject: Subject, every: dict[str, Way]) -> dict[str, Any]:
             except ValueError as error:
                 line["peer"] = str(error).splitlines()[0]
         lines[name] = line
-    return lines
+        save()
 
 
 def rounds(subject: Subject, repeats: int) -> list[dict[str, Any]]:
@@ -231,7 +258,9 @@ def rounds(subject: Subject, repeats: int) -> list[dict[str, Any]]:
     steps = {}
     for capacity in CAPACITIES:
         decoder = speculate(
-            on_lm(model), ngram.ngram(subject.length), capacity - prompt.shape[1]
+            on_lm(model, widths=WIDTHS),
+            ngram.ngram(subject.length),
+            capacity - prompt.shape[1],
         )
 
         @jax.jit
@@ -307,6 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1, help="prompts of a group")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=25, help="of the draft model")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="by first words")
+    parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
     subject = toy() if chosen.smoke else real(chosen.data, chosen.rows)
@@ -316,15 +347,29 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--layers {chosen.layers}: 1 to {subject.config.layers} expected")
     peers = not chosen.smoke and importlib.util.find_spec("torch") is not None
     every, programs = ways(subject, chosen.layers, peers)
+    known = list(every)
+    if chosen.ways:
+        every = {k: w for k, w in every.items() if k.startswith(tuple(chosen.ways))}
+    if not every:
+        parser.error(f"no way begins so; there are {known}")
     present = [name for name in PACKAGES if importlib.util.find_spec(_module(name))]
     found: dict[str, Any] = {
         "device": str(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in present},
         "setting": {"new": subject.new, "length": subject.length, "smoke": chosen.smoke}
-        | {"draft model": [chosen.layers, DRAFTED], "repeats": chosen.repeats},
-        "runs": compare(subject, every, chosen.repeats),
+        | {"draft model": [chosen.layers, DRAFTED], "data": bool(chosen.data)},
+        "runs": [],
+        "batch": {},
     }
+    if output.exists() and not chosen.fresh:
+        before = json.loads(output.read_text("utf-8"))
+        found = before if before["setting"] == found["setting"] else found
+
+    def save() -> None:
+        write_json(output, found)
+
+    compare(subject, every, chosen.repeats, found["runs"], save)
     widths = {
         min(w for w in subject.widths if w >= len(p))
         for group in subject.prompts.values()
@@ -333,8 +378,9 @@ def main(arguments: list[str] | None = None) -> int:
     found["programs"] = {
         name: f"{program._cache_size()} for {len(widths)}"
         for name, program in programs.items()
+        if name in every
     }
-    found["batch"] = in_a_batch(subject, every)
+    in_a_batch(subject, every, found["batch"], save)
     found["rounds"] = rounds(subject, 3)
     found["table"] = table(found)
     write_json(output, found)

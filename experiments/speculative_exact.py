@@ -93,17 +93,6 @@ class Trial:
             self.of = name, self.targets[name]()
         return self.of[1]
 
-    def prompts(self, name: str, rows: Sequence[int], short: bool, size: int):
-        """The prompts of a batch as lists, and padded."""
-        if short:  # of all groups together
-            lists = [group[0] for group in self.subject.prompts.values()]
-        else:
-            lists = [self.subject.prompts[name][row] for row in rows]
-        filled = lists + lists[:1] * (size - len(lists))
-        longest = max(map(len, filled))
-        width = min(w for w in self.subject.widths if w >= longest)
-        return lists, decode.pad(filled, width)
-
     def run(self, case: Case, advance: Callable[[], None]) -> dict[str, Any]:
         """Decodes the case, and plainly what is not known yet."""
         target = self.strategy(case.target)
@@ -116,14 +105,17 @@ class Trial:
                 on_lm(target.lm), source.proposer, new, verifier=exact.greedy(), **ends
             )
         )
-        batches = [("all", [0])] if case.short else self.subject.batches(case.size)
+        groups = self.subject.prompts
+        one_of_each = [[(group, 0) for group in groups]]
+        batches = one_of_each if case.short else self.subject.batches(case.size)
         report: dict[str, Any] = {"rows": 0, "tokens": 0, "calls": 0, "apart": []}
         begin = time.perf_counter()
-        for name, rows in batches:
-            size = len(self.subject.prompts) if case.short else case.size
-            lists, (prompt, length) = self.prompts(name, rows, case.short, size)
+        for rows in batches:
+            size = len(groups) if case.short else case.size
+            lists = self.subject.of(rows)
+            prompt, length = self.subject.padded(lists, size)
             params, key = target.rows(target.params, prompt), jax.random.key(0)
-            place = " | ".join([case.target, name, *map(str, rows), *case.ending])
+            place = " | ".join([case.target, same.name_of(rows), *case.ending])
             known = self.found["plain"]
             if place not in known:
                 result = plain(None, params, prompt, length, key)
@@ -134,12 +126,12 @@ class Trial:
             report["tokens"] += sum(map(len, got))
             report["calls"] += int(np.asarray(result.info.calls)[: len(lists)].sum())
             report["apart"] += self.differences(
-                target, name, lists, got, same.unpacked(known[place])
+                target, rows, lists, got, same.unpacked(known[place])
             )
             advance()
         return report | {"seconds": round(time.perf_counter() - begin, 1)}
 
-    def differences(self, target, name, lists, got, expected):
+    def differences(self, target, rows, lists, got, expected):
         """Where rows differ from the plain ones, in the law of the target itself."""
         if got == expected:
             return []
@@ -149,9 +141,7 @@ class Trial:
             own = target.rows(target.params, one)
             return same.margins(target.lm, own)(prompt, new)
 
-        rows = range(len(lists))
-        apart = same.differences(rows, lists, got, expected, margin)
-        return [{"group": name, **gap} for gap in apart]
+        return same.differences(rows, lists, got, expected, margin)
 
 
 def show(found: dict[str, Any]) -> None:

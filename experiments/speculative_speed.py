@@ -74,10 +74,10 @@ def measure(
     margin = same.margins(model, subject.params)
     every, work = proposers(subject), subject.batches(ROWS)
     with progress("batches", len(work) * (1 + len(chosen))) as advance:
-        for name, rows in work:
-            key = f"{name} {rows[0]}"
+        for rows in work:
+            key = same.name_of(rows)
             if key not in found["plain"]:
-                prompt, length = subject.first(name, rows, ROWS)
+                prompt, length = subject.padded(subject.of(rows), ROWS)
                 result = plain(None, subject.params, prompt, length, jax.random.key(0))
                 found["plain"][key] = same.packed(texts(result, len(rows)))
                 save()
@@ -92,17 +92,16 @@ def measure(
                 **ends,
             )
             program = decode.compile(lambda _, decoder=decoder: decoder)
-            for name, rows in work:
-                key = f"{name} {rows[0]}"
+            for rows in work:
+                key = same.name_of(rows)
                 if key not in own:
-                    prompt, length = subject.first(name, rows, ROWS)
+                    prompt, length = subject.padded(subject.of(rows), ROWS)
                     params = subject.params, ()
                     result = program(None, params, prompt, length, jax.random.key(0))
                     own[key] = batch_report(
                         subject,
                         margin,
                         result,
-                        name,
                         rows,
                         same.unpacked(found["plain"][key]),
                     )
@@ -110,15 +109,13 @@ def measure(
                 advance()
 
 
-def batch_report(subject, margin, result, name, rows, expected) -> dict[str, Any]:
+def batch_report(subject, margin, result, rows, expected) -> dict[str, Any]:
     """What a batch took, and where its text is not the plain one."""
     count = len(rows)
     info = jax.tree.map(lambda x: np.asarray(x)[:count], result.info)
-    prompts = [subject.prompts[name][row] for row in rows]
     found = texts(result, count)
-    apart = same.differences(rows, prompts, found, expected, margin)
+    apart = same.differences(rows, subject.of(rows), found, expected, margin)
     return {
-        "group": name,
         "rows": rows,
         "tokens": [len(text) for text in found],
         "calls": info.calls.tolist(),
@@ -136,10 +133,20 @@ def table(found: dict, groups: Sequence[str]) -> list[dict[str, Any]]:
     for draft, own in found["drafted"].items():
         reports = list(own.values())
 
-        def rate(names, reports=reports):
-            chosen = [r for r in reports if r["group"] in names]
-            calls = sum(sum(r["calls"]) for r in chosen)
-            return sum(sum(r["tokens"]) for r in chosen) / max(calls, 1)
+        every = [
+            (group, tokens, calls)
+            for r in reports
+            for (group, _), tokens, calls in zip(
+                r["rows"], r["tokens"], r["calls"], strict=True
+            )
+        ]
+
+        def rate(names, every=every):
+            chosen = [
+                (tokens, calls) for group, tokens, calls in every if group in names
+            ]
+            tokens, calls = map(sum, zip(*chosen, strict=True)) if chosen else (0, 0)
+            return tokens / max(calls, 1)
 
         tried = np.sum([r["tried"] for r in reports], axis=0)
         taken = np.sum([r["taken"] for r in reports], axis=0)

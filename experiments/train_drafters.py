@@ -1,11 +1,13 @@
 """Heads and a feature layer, trained on what the model writes: acceptance rises.
 
 Claim: parallel heads (a chain, and a tree grown from their measured accuracies) and a
-feature drafter (a chain, and an expanded tree) over SmolLM2-135M-Instruct, trained for
-minutes on its own greedy text, take more tokens a call than before training, on other
-prompts than those they were trained on; the greedy text stays that of plain decoding.
+feature drafter (a chain, and an expanded tree) over SmolLM2-135M-Instruct, with a draft
+vocabulary, trained for minutes on the model's own greedy text, take more tokens a call
+than before training, on other prompts than those they were trained on; the greedy text
+stays that of plain decoding.
 Command: python experiments/train_drafters.py [--smoke] [--data DIR] [--texts N]
-[--epochs E] [--rows N] [--output FILE]; what was written or trained is kept.
+[--epochs E] [--vocabulary R] [--rows N] [--output FILE]; what was written or trained
+is kept.
 Data: as for speculative_speed.py; the prompts that are not measured are trained on.
 Hardware: two CPU cores, 8 GiB; about an hour for both (`--smoke`: seconds, a random
 toy model, which has little to learn).
@@ -42,8 +44,9 @@ from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.io import hub
 from collab_jax.io.checkpoint import load_checkpoint, save_checkpoint
+from collab_jax.models.draft_vocabulary import frequent
 from collab_jax.models.extrapolator import extrapolator
-from collab_jax.models.parallel_heads import medusa
+from collab_jax.models.parallel_heads import medusa, narrowed
 from collab_jax.packing import Batch, rows
 
 RESULTS = Path(__file__).parent / "results" / "train_drafters.json"
@@ -61,7 +64,9 @@ class Trained(NamedTuple):
     notes: dict[str, Any]
 
 
-def written(subject: Subject, count: int, cache: Path) -> list[tuple[list[int], str]]:
+def written(
+    subject: Subject, count: int, cache: Path
+) -> list[tuple[list[int], list[int]]]:
     """Prompts that are not measured, with the greedy text of the model behind them."""
     prompts = [
         prompt
@@ -89,12 +94,13 @@ def written(subject: Subject, count: int, cache: Path) -> list[tuple[list[int], 
                 found |= dict(zip(map(str, chosen), lines, strict=True))
                 write_json(path, found)
             advance()
-    return [(prompt, found[str(i)]) for i, prompt in enumerate(prompts)]
+    texts_ = same.unpacked([found[str(i)] for i in range(len(prompts))])
+    return list(zip(prompts, texts_, strict=True))
 
 
-def data_of(subject: Subject, pairs: Sequence[tuple[list[int], str]]) -> Batch:
+def data_of(subject: Subject, pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
     """Rows of a prompt's end and its continuation; only that counts."""
-    both = [(p[-PROMPT:], same.unpacked([text])[0]) for p, text in pairs]
+    both = [(prompt[-PROMPT:], new) for prompt, new in pairs]
     both = [(prompt, new) for prompt, new in both if len(new) > HEADS + 2]
     return rows(
         [[*prompt, *new] for prompt, new in both],
@@ -113,7 +119,8 @@ def train(
     cache: Path,
 ) -> Trained:
     """Trains, or finds what was trained on the same data."""
-    said = [name, chosen.epochs, chosen.rate, [leaf.tolist() for leaf in data]]
+    said = [name, chosen.epochs, chosen.rate, chosen.vocabulary]
+    said.append([leaf.tolist() for leaf in data])
     path = cache / f"{name}-{_digest(said)}"
     notes = path.with_suffix(".json")
     if not notes.exists():
@@ -150,21 +157,22 @@ def measured(
     margin = same.margins(subject.lm, subject.params)
     report: dict[str, Any] = {"tokens": 0, "calls": 0, "apart": [], "groups": {}}
     tried, taken = 0, 0
-    for name, some in subject.batches(ROWS):
-        prompt, length = subject.first(name, some, ROWS)
-        key, place = jax.random.key(0), f"{name} {some[0]}"
+    for some in subject.batches(ROWS):
+        prompt, length = subject.padded(subject.of(some), ROWS)
+        key, place = jax.random.key(0), same.name_of(some)
         if place not in plain:
             result = greedy(None, subject.params, prompt, length, key)
             plain[place] = same.packed(texts(result, len(some)))
         result = program(None, (subject.params, params), prompt, length, key)
         got = texts(result, len(some))
-        calls = int(np.asarray(result.info.calls)[: len(some)].sum())
-        own = report["groups"].setdefault(name, [0, 0])
-        own[0] += sum(map(len, got))
-        own[1] += calls
-        prompts = [subject.prompts[name][row] for row in some]
+        for (group, _), text, calls in zip(some, got, result.info.calls, strict=False):
+            own = report["groups"].setdefault(group, [0, 0])
+            own[0] += len(text)
+            own[1] += int(calls)
         expected = same.unpacked(plain[place])
-        report["apart"] += same.differences(some, prompts, got, expected, margin)
+        report["apart"] += same.differences(
+            some, subject.of(some), got, expected, margin
+        )
         tried = tried + np.asarray(result.info.tried)[: len(some)].sum(0)
         taken = taken + np.asarray(result.info.taken)[: len(some)].sum(0)
     report["tokens"] = sum(tokens for tokens, _ in report["groups"].values())
@@ -174,10 +182,15 @@ def measured(
 
 
 def drafters(
-    subject: Subject, data: Batch, chosen: argparse.Namespace, cache: Path
+    subject: Subject,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    chosen: argparse.Namespace,
+    cache: Path,
 ) -> dict[str, tuple[Callable[[Any], Proposer], Trained]]:
     """What is trained, and the proposers made of it."""
-    base, backbone = subject.params, subject.backbone()
+    base, backbone, data = subject.params, subject.backbone(), data_of(subject, pairs)
+    said = [part for pair in pairs for part in pair]
+    few = frequent(said, chosen.vocabulary, subject.vocab, subject.eos)
     steps = chosen.epochs * -(-len(data.tokens) // 4)
     rate = optax.warmup_cosine_decay_schedule(
         0, chosen.rate, max(1, steps // 10), max(2, steps)
@@ -186,7 +199,7 @@ def drafters(
     def optimizer():
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95))
 
-    heads = medusa(backbone, HEADS)
+    heads = medusa(backbone, HEADS, output=narrowed(few))
     start = heads.init(jax.random.key(0), base)
     headed = train(
         "heads",
@@ -197,7 +210,7 @@ def drafters(
         chosen,
         cache,
     )
-    layer = extrapolator(subject.config)
+    layer = extrapolator(subject.config, vocabulary=few)
     start = layer.init(jax.random.key(0), base)
     tuner = extrapolation_tuner(
         backbone, layer, optimizer(), steps=STEPS, law_weight=1.0, feature_weight=0.1
@@ -271,14 +284,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a random toy model")
     parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
     parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--texts", type=int, default=96, help="to train on")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=192, help="to train on")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=8192, help="drafted tokens")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--rows", type=int, default=2, help="measured, of a group")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
     if chosen.smoke:
-        subject, chosen.texts, chosen.epochs = toy(), 5, 1
+        subject, chosen.texts, chosen.epochs, chosen.vocabulary = toy(), 5, 1, 64
         cache = output.parent / "train_drafters"
     else:
         subject = real(chosen.data, chosen.rows)
@@ -289,14 +303,15 @@ def main(arguments: list[str] | None = None) -> int:
             "with Spec-Bench are expected"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    data = data_of(subject, written(subject, chosen.texts, cache))
-    made = drafters(subject, data, chosen, cache)
+    pairs = written(subject, chosen.texts, cache)
+    made = drafters(subject, pairs, chosen, cache)
     if chosen.smoke:  # one of each kind
         made = {name: made[name] for name in ("heads, tree", "features, chain")}
     found: dict[str, Any] = {
         "device": str(jax.devices()[0].device_kind),
-        "setting": {"texts": len(data.tokens), "epochs": chosen.epochs}
+        "setting": {"texts": len(pairs), "epochs": chosen.epochs}
         | {"rows": chosen.rows, "new": subject.new, "smoke": chosen.smoke}
+        | {"vocabulary": chosen.vocabulary}
         | {"data": bool(chosen.data), "rate": chosen.rate},
         "training": {
             name.split(",")[0]: trained.notes for name, (_, trained) in made.items()

@@ -112,6 +112,24 @@ def test_a_forbidden_token_of_weight_zero_is_no_nan():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+def test_prompts_make_no_logits():
+    """What is behind a piece without weights is never looked at, NaN included."""
+    hidden = jnp.ones((2, 6, 3)).at[:, :2].set(jnp.nan)
+    targets, weights = jnp.zeros((2, 6), int), jnp.ones((2, 6)).at[:, :2].set(0.0)
+
+    def read(params, hidden):
+        return hidden @ params
+
+    def nats(params, chunk):
+        return finetune.mean_nats(read, params, hidden, targets, weights, chunk)
+
+    gradient = jax.grad(nats)(jnp.ones((3, 4)), 2)
+    assert np.isfinite(gradient).all()
+    assert np.asarray(gradient).any()
+    # the control: a piece with a prompt and an answer is made whole
+    assert np.isnan(jax.grad(nats)(jnp.ones((3, 4)), 4)).any()
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_fit_learns_and_leaves_its_arguments(adapter):
     start = lora.init(jax.random.key(1), PARAMS, 2) if adapter else PARAMS

@@ -265,7 +265,7 @@ def test_greedy_text_is_that_of_plain_decoding(shape):
 def test_a_member_of_a_composite_may_have_the_heads():
     both = combine.product([LAW_LM, LAW_LM], pool.mixture(0.5, 0.5))
     params = (PARAMS, LAW_PARAMS[1])
-    proposer = ph.parallel(LAW_HEADS, read=lambda features: features[0].hidden)
+    proposer = ph.parallel(LAW_HEADS, read=lambda features: features[0])
     found = draws(speculate(on_lm(both), proposer, 6), params)
     assert found.info.drafted.sum() > 0
     with pytest.raises(ValueError, match="features of type tuple: say where they are"):

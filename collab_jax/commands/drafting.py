@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from collab_jax.cooperate.efficient.verify import Verifier
     from collab_jax.decoder import Decoder
     from collab_jax.lm import LM
+    from collab_jax.translate import Bridge
 
 TEXT = "ngram", "adaptive", "suffix"  # draft from the text itself, without a model
 VERIFIERS = "block", "maximal", "gumbel", "typical"
 LENGTH = 5  # tokens of a draft, unless told
+ROOM = 2.0  # slots of a drafting model for each token of a target of another tokenizer
 
 draft = click.option(
     "--draft",
     metavar="SOURCE2",
-    help="Decode speculatively: a smaller model with the same tokenizer drafts, or the "
-    f"text itself does: {', '.join(TEXT)}. The text stays the same, in law.",
+    help="Decode speculatively: a smaller model drafts, of the same tokenizer or of "
+    f"another, or the text itself does: {', '.join(TEXT)}. The text stays the same, in "
+    "law.",
 )
 draft_length = click.option(
     "--draft-length",
@@ -44,6 +47,15 @@ class Drafter(NamedTuple):
     verify: str
     opened: "Opened | None"  # None: no model
     longest: int = 0  # tokens of a text, at most
+    bridge: "Bridge | None" = None  # to the tokens of a model of another tokenizer
+
+    def read_as(self, lm: "LM") -> "LM":
+        """The drafting LM in the tokens of its target."""
+        if self.bridge is None:
+            return lm
+        from collab_jax.translate import translate
+
+        return translate(lm, self.bridge, ROOM)
 
     def decoder(
         self,
@@ -59,12 +71,18 @@ class Drafter(NamedTuple):
         from collab_jax.cooperate.efficient.target import on_lm
 
         return speculate(
-            on_lm(lm),
+            on_lm(lm, widths=self._widths()),
             self._proposer(drafting),
             max_new_tokens,
             verifier=exact.greedy() if greedy else self._verifier(),
             **ends,
         )
+
+    def _widths(self) -> tuple[int, ...]:
+        """Rounds of a draft from the text, which often has none; a model always has."""
+        if self.opened is not None:
+            return ()
+        return (1,) if self.length < 6 else (1, 1 + self.length // 2)
 
     def _proposer(self, lm: "LM | None") -> "Proposer":
         from collab_jax.cooperate.efficient import adaptive, ngram, suffix
@@ -131,7 +149,7 @@ def open_drafter(
 
     Raises:
       FileNotFoundError: where there is no such model.
-      ValueError: for a model of another tokenizer.
+      ValueError: for a model of another tokenizer that shares no token.
 
     >>> from types import SimpleNamespace
     >>> target = SimpleNamespace(config=SimpleNamespace(context=2048))
@@ -146,26 +164,46 @@ def open_drafter(
     from collab_jax.commands.opening import open_source
 
     opened = open_source(draft, dtype)
-    _check_tokens(draft, opened, target)
-    return drafter._replace(opened=opened)
+    bridge = None if _same_tokens(opened, target) else _bridge(draft, opened, target)
+    return drafter._replace(opened=opened, bridge=bridge)
 
 
-def _check_tokens(source: str, drafter: "Opened", target: "Opened") -> None:
-    """Refuses a draft that counts other tokens than its target."""
-    cure = "a draft needs its target's tokenizer; ngram, adaptive and suffix need none"
+def _same_tokens(drafter: "Opened", target: "Opened") -> bool:
+    """Whether a token means the same to both."""
     if drafter.config.vocab != target.config.vocab:
-        raise ValueError(
-            f"{source} has {drafter.config.vocab} tokens and its target "
-            f"{target.config.vocab}: {cure}"
-        )
+        return False
     assert drafter.codec.spelling is not None
     assert target.codec.spelling is not None
-    own, wanted = drafter.codec.spelling(), target.codec.spelling()
-    for token, (a, b) in enumerate(zip(own, wanted, strict=False)):
-        if a != b:
-            raise ValueError(
-                f"token {token} of {source} is {a!r} and its target's {b!r}: {cure}"
-            )
+    return drafter.codec.spelling() == target.codec.spelling()
+
+
+def _bridge(source: str, drafter: "Opened", target: "Opened") -> "Bridge":
+    """How the target's tokens are spelled in the draft's; says how many are shared."""
+    from collab_jax.io.bridge import bridge
+    from collab_jax.io.tokenizer import load_tokenizer
+
+    theirs = load_tokenizer(drafter.path)
+    unknown = theirs.unk_token_id
+    try:
+        found = bridge(
+            load_tokenizer(target.path),
+            theirs,
+            vocab=target.config.vocab,
+            member_vocab=drafter.config.vocab,
+            # what cannot be spelled is misread, and only makes a worse draft
+            fallback=0 if unknown is None else unknown,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{source} cannot draft for a model of another tokenizer: {error}; ngram, "
+            "adaptive and suffix need no tokenizer"
+        ) from error
+    click.echo(
+        f"{source} has another tokenizer; of the target's {target.config.vocab} tokens "
+        f"it drafts the {int(found.shared().sum())} that both have",
+        err=True,
+    )
+    return found
 
 
 def told(records: Sequence[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """The decoder that the flags ask for, its keys, and what it needs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from collab_jax import beam, decode, stop, warp
-from collab_jax.commands.drafting import Drafter
+from collab_jax.commands.drafting import ROOM, Drafter
 from collab_jax.commands.opening import Opened, check_lengths
 from collab_jax.commands.options import Sampling
 from collab_jax.commands.plan import Plan, check
@@ -46,7 +47,7 @@ class Strategy(NamedTuple):
             greedy, warps = warps is None, warps or ()
             if drafting is not None:
                 same = (warp.greedy(),) if greedy else warps
-                drafting = warp.warp(drafting, *same)
+                drafting = warp.warp(self.drafter.read_as(drafting), *same)
             return self.drafter.decoder(
                 warp.warp(lm, *warps), drafting, self.max_new_tokens, greedy, **ends
             )
@@ -96,8 +97,9 @@ def check_run(
     capacity, wide = capacity + drafted, min(first.width, 128)
     needs = opened.plan(rows, capacity, wide=wide, read=1 + drafted)
     if drafter is not None and drafter.opened is not None:
+        room = capacity if drafter.bridge is None else math.ceil(ROOM * capacity)
         check_lengths(tokens, drafter.opened.config, new)
-        also = drafter.opened.plan(rows, capacity, wide=wide, read=1 + drafted)
+        also = drafter.opened.plan(rows, room, wide=wide, read=1 + drafted)
         needs = Plan(*(a + b for a, b in zip(needs, also, strict=True)))
     if beams > 1:  # beams move by copying the cache
         needs = needs._replace(cache=2 * needs.cache)

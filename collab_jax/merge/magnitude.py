@@ -17,6 +17,7 @@ import numpy as np
 
 from collab_jax.merge import pieces
 
+_BLOCK = 1 << 20  # entries that are compared at a time
 FEW = 1 << 12  # entries, of which histograms would cost more than 31 passes
 
 
@@ -148,18 +149,18 @@ def _on_host(xs: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[Cut]:
     arrays = list({id(x): x for x in xs}.values())  # several ranks of one are one ask
     places = [next(i for i, a in enumerate(arrays) if a is x) for x in xs]
 
-    def compute(stretches, n, shape, ranks):
+    def compute(leaf, n, shape, ranks):
         own = [rank for rank, place in zip(ranks, places, strict=True) if place == n]
-        return _select(stretches, own)
+        return _select(leaf, own)
 
     found = pieces.on_host([pattern(array) for array in arrays], compute, ranks)
     rows = [iter(each) for each in found]
     return [Cut(*next(rows[place])) for place in places]
 
 
-def _select(stretches: Sequence[np.ndarray], ranks: Sequence[Any]) -> list[tuple]:
+def _select(leaf: np.ndarray, ranks: Sequence[Any]) -> list[tuple]:
     """For each rank `(least, None, last)` of `Cut`: a selection, and counts of ties."""
-    values = np.concatenate(stretches)
+    values = leaf.copy()
     count, begin = len(values), 0
     # one by one: for several at once NumPy takes a way that is ten times slower
     for place in sorted({count - int(rank) for rank in ranks}):
@@ -170,19 +171,18 @@ def _select(stretches: Sequence[np.ndarray], ranks: Sequence[Any]) -> list[tuple
         kept = values[count - int(rank) :]
         least = kept[0].copy()
         among = int(np.count_nonzero(kept == least))
-        found.append((least, None, _last(stretches, least, among)))
+        found.append((least, None, _last(leaf, least, among)))
     return found
 
 
-def _last(stretches: Sequence[np.ndarray], least: Any, count: int) -> np.uint32:
+def _last(leaf: np.ndarray, least: Any, count: int) -> np.uint32:
     """The position of the `count`-th entry that is `least`."""
-    start = 0
-    for stretch in stretches:
-        tied = stretch == least
+    for start in range(0, len(leaf), _BLOCK):
+        tied = leaf[start : start + _BLOCK] == least
         here = np.count_nonzero(tied)
         if here >= count:
             return np.uint32(start + np.flatnonzero(tied)[count - 1])
-        start, count = start + len(stretch), count - here
+        count -= here
     raise AssertionError("fewer entries are tied than were counted")
 
 

@@ -172,9 +172,9 @@ def on_host(
 
     Args:
       arrays: K arrays of the piece's shape.
-      compute: (stretches, n, shape, *operands): a list that it may clear, array n of
-        the leaf of that shape, cut into flat arrays of NumPy. It returns a tree of
-        arrays; in it, `Spread` becomes the stretch of the piece at hand.
+      compute: (leaf, n, shape, *operands): a flat array of NumPy, array n of the leaf
+        of that shape. It returns a tree of arrays; in it, `Spread` becomes the stretch
+        of the piece at hand.
       *operands: equal for all pieces.
 
     Returns:

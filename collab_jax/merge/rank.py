@@ -43,8 +43,8 @@ def _ranks(xs: Sequence[jax.Array], axis: int) -> list[tuple[jax.Array, Any]]:
     values = [magnitude.pattern(x) for x in xs]
     if pieces.in_pieces():
 
-        def compute(stretches, n, shape):
-            return _of_leaf(stretches, shape, axis)
+        def compute(leaf, n, shape):
+            return _of_leaf(leaf, shape, axis)
 
         found = pieces.on_host(values, compute)
         return [(row.astype(jnp.int32), count) for row, count in found]
@@ -62,9 +62,8 @@ def _axis(shape: tuple[int, ...], axis: int) -> int:
     return min(axis, len(shape) - 1) if axis >= 0 else axis
 
 
-def _of_leaf(stretches, shape, axis):
-    values = np.concatenate(stretches).reshape(shape or (1,))
-    stretches.clear()  # of a large leaf they are a lot of memory
+def _of_leaf(leaf, shape, axis):
+    values = leaf.reshape(shape or (1,))
     axis = _axis(values.shape, axis)
     found = np.moveaxis(_by_numpy(np.moveaxis(values, axis, -1)), -1, axis)
     flat = np.ascontiguousarray(found).reshape(-1)

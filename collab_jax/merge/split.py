@@ -207,18 +207,20 @@ def _on_host(
     found: list[Any] = []
     for start in range(0, len(arrays), max(1, room)):
         numbers = range(start, min(len(arrays), start + max(1, room)))
-        columns: list[list[np.ndarray]] = [[] for _ in numbers]
+        leaves = [np.empty(pieces[-1].end, arrays[n].dtype) for n in numbers]
         rest = pieces[1:] if first else pieces
         begun = [(pieces[0], first)] if first else []
         for piece, answer in itertools.chain(begun, _each(call, rest)):
-            for n, column in zip(numbers, columns, strict=True):
-                values = np.asarray(answer.summary[n]).reshape(-1)
-                column.append(values[: piece.end - piece.start])
+            for n, values in zip(numbers, leaves, strict=True):
+                own = values[piece.start : piece.end]
+                own[:] = np.asarray(answer.summary[n]).reshape(-1)[: len(own)]
         first = None
-        for n, column in zip(numbers, columns, strict=True):
+        del values, own
+        leaves.reverse()
+        for n in numbers:
             operands = jax.tree.map(np.asarray, known.operands)
-            found.append(settle(column, n, leaf.experts[0].shape, *operands))
-            column.clear()
+            # of a large leaf it is a lot of memory: nothing here holds it any longer
+            found.append(settle(leaves.pop(), n, leaf.experts[0].shape, *operands))
     return found
 
 

@@ -27,10 +27,11 @@ from collab_jax import slots
 from collab_jax.lm import Features, KVCache, Params
 from collab_jax.models import attention
 from collab_jax.models.config import Config
-from collab_jax.models.linear import Projection
+from collab_jax.models.draft_vocabulary import DraftVocabulary, output_matrix
+from collab_jax.models.linear import Projection, project
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import angles as rotary_angles
-from collab_jax.models.transformer import Block
+from collab_jax.models.transformer import Block, transformer
 
 
 class Extrapolator(NamedTuple):
@@ -48,6 +49,9 @@ class Extrapolator(NamedTuple):
     # and places they follow the text; nodes of a tree have their own
     read: Callable[..., tuple[jax.Array, KVCache]]
     width: int  # W
+    # (params, base, guesses [B, T, W]) -> [B, T, V], or [B, T, R]: the draft's logits
+    unembed: Callable[[Params, Params, jax.Array], jax.Array]
+    vocabulary: DraftVocabulary | None = None  # the R tokens; all unless given
 
 
 class Layer(nn.Module):
@@ -100,7 +104,11 @@ class Layer(nn.Module):
         return self.read(cache, x, x, None, None)[0]
 
 
-def extrapolator(config: Config, taps: tuple[str, ...] = ()) -> Extrapolator:
+def extrapolator(
+    config: Config,
+    taps: tuple[str, ...] = (),
+    vocabulary: DraftVocabulary | None = None,
+) -> Extrapolator:
     """One decoder layer of a model's own kind over pairs of a token and a feature.
 
     Without taps it reads the hidden states that the model's head reads, as EAGLE-1 and
@@ -115,11 +123,15 @@ def extrapolator(config: Config, taps: tuple[str, ...] = ()) -> Extrapolator:
       taps: names of the hidden states that are fused, a low, a middle and a high one,
         e.g. `("hidden.3", "hidden.15", "hidden.27")` of 30 layers; the backbone has to
         be built with these taps.
+      vocabulary: the R tokens that are drafted, with an output matrix `[W, R]` of the
+        layer's own, as EAGLE-3 has it; it starts as columns of the model's. Without,
+        the model's output matrix reads the guesses.
 
     Raises:
       ValueError: when first called, for features that lack a tap.
 
-    Source: EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840.
+    Source: EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840; the draft vocabulary,
+    arXiv 2502.14856.
 
     >>> from collab_jax.models import transformer
     >>> from collab_jax.models.config import from_hf
@@ -133,6 +145,7 @@ def extrapolator(config: Config, taps: tuple[str, ...] = ()) -> Extrapolator:
     >>> guesses.shape, cache.length.tolist()
     ((1, 3, 8), [3])
     """
+    backbone = transformer(config)
     wide = [i for i, window in enumerate(config.windows) if window is None]
     one = dataclasses.replace(
         config,
@@ -158,7 +171,11 @@ def extrapolator(config: Config, taps: tuple[str, ...] = ()) -> Extrapolator:
         scale = base["norm"]
         dtype = jax.tree.leaves(scale)[0].dtype
         params = dict(module(dtype).init(key, empty(dtype, 1, 1))["params"])
-        return params | {"norm": scale}
+        params["norm"] = scale
+        if vocabulary is not None:
+            kernel = output_matrix(backbone, base)[:, jnp.asarray(vocabulary.tokens)]
+            params["head"] = {"kernel": kernel.astype(dtype)}
+        return params
 
     def start(params: Params, batch: int, capacity: int) -> KVCache:
         return empty(params["fc"]["kernel"].dtype, batch, capacity)
@@ -178,4 +195,9 @@ def extrapolator(config: Config, taps: tuple[str, ...] = ()) -> Extrapolator:
     def read(params, cache, embedded, before, mask=None, places=None):
         return apply(params, cache, embedded, before, mask, places, method=Layer.read)
 
-    return Extrapolator(init, start, see, read, config.width)
+    def unembed(params, base, guesses):
+        if vocabulary is None:
+            return backbone.unembed(base, guesses)
+        return project(guesses, params["head"]["kernel"]).astype(jnp.float32)
+
+    return Extrapolator(init, start, see, read, config.width, unembed, vocabulary)

@@ -4,7 +4,8 @@ The model's own head reads the next token, t + 1, off the hidden state of token 
 i = 1 .. K reads token t + 1 + i off the same state, without knowing the tokens between.
 A new head is the model's own: it says what the model says, i tokens too early.
 
-Shapes: `...` any leading axes, K heads, W width of the hidden states, V vocabulary.
+Shapes: `...` any leading axes, K heads, W width of the hidden states, V vocabulary, R
+tokens of a draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.lm import Backbone, Params
+from collab_jax.models.draft_vocabulary import DraftVocabulary, output_matrix
 from collab_jax.models.heads import Head, feed_forward, residual
 from collab_jax.models.linear import project
 
@@ -25,11 +27,12 @@ class Heads(NamedTuple):
 
     # (key, base) -> a plain nested dict, "head_1" to "head_K"
     init: Callable[[jax.Array, Params], Params]
-    # (params, base, hidden [..., W]) -> [..., K, V] float32
+    # (params, base, hidden [..., W]) -> [..., K, V] float32, or [..., K, R]
     apply: Callable[[Params, Params, jax.Array], jax.Array]
     # (base, batch) -> [B, W], zeros of the type of the model's hidden states
     blank: Callable[[Params, int], jax.Array]
     size: int  # K
+    vocabulary: DraftVocabulary | None = None  # the R tokens; all unless given
 
 
 def medusa(
@@ -45,7 +48,8 @@ def medusa(
       size: K.
       blocks: how many in every head.
       output: `shared`, the model's own output matrix for all heads, unless given;
-        `separate` is one for each head, as published: K times the memory.
+        `separate` is one for each head, as published: K times the memory;
+        `narrowed(vocabulary)` is one of few tokens.
 
     Raises:
       ValueError: for fewer than 1 head or 0 blocks.
@@ -162,9 +166,53 @@ def separate(backbone: Backbone, body: Body, size: int) -> Heads:
     (8, 10)
     """
 
+    return _own(backbone, body, size, None)
+
+
+def narrowed(
+    vocabulary: DraftVocabulary,
+) -> Callable[[Backbone, Body, int], Heads]:
+    """Heads with small output matrices `[W, R]`, which start as columns of the model's.
+
+    A draft costs K R W products instead of K V W, and so does a step of training, which
+    learns nothing from tokens outside the vocabulary.
+
+    Args:
+      vocabulary: the tokens that are drafted.
+
+    Returns:
+      The `output` of `medusa`: a function of a backbone, a body and K.
+
+    Source: FR-Spec, arXiv 2502.14856.
+
+    >>> from collab_jax.models import transformer
+    >>> from collab_jax.models.config import from_hf
+    >>> from collab_jax.models.draft_vocabulary import draft_vocabulary
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 10, "hidden_size": 8,
+    ...     "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
+    >>> base = transformer.init(jax.random.key(0), config)
+    >>> few = narrowed(draft_vocabulary([1, 5, 7], config.vocab))
+    >>> heads = medusa(transformer.transformer(config), 2, output=few)
+    >>> params = heads.init(jax.random.key(1), base)
+    >>> heads.apply(params, base, jnp.ones((4, 8))).shape
+    (4, 2, 3)
+    """
+
+    def output(backbone: Backbone, body: Body, size: int) -> Heads:
+        return _own(backbone, body, size, vocabulary)
+
+    return output
+
+
+def _own(
+    backbone: Backbone, body: Body, size: int, vocabulary: DraftVocabulary | None
+) -> Heads:
+    """Heads with an output matrix each, of all tokens or of some."""
+
     def one(key, base, width):
-        with jax.default_matmul_precision("highest"):  # read the matrix row by row
-            kernel = backbone.unembed(base, jnp.eye(width)[None])[0]
+        kernel = output_matrix(backbone, base)
+        if vocabulary is not None:
+            kernel = kernel[:, jnp.asarray(vocabulary.tokens)]
         return {"body": body(width).init(key), "out": {"kernel": kernel}}
 
     def read(own, base, hidden):
@@ -176,7 +224,7 @@ def separate(backbone: Backbone, body: Body, size: int) -> Heads:
         ]
         return jnp.stack(logits, axis=1).astype(jnp.float32)
 
-    return _heads(backbone, size, one, read)
+    return _heads(backbone, size, one, read)._replace(vocabulary=vocabulary)
 
 
 def _heads(

@@ -58,8 +58,13 @@ def margins(
     return margin
 
 
+def name_of(rows: Sequence[tuple[str, int]]) -> str:
+    """Rows of a batch as a key of a report."""
+    return ", ".join(f"{group} {row}" for group, row in rows)
+
+
 def differences(
-    rows: Sequence[int],
+    rows: Sequence[Any],
     prompts: Sequence[Sequence[int]],
     found: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],

@@ -139,12 +139,12 @@ def prefixes(params: Any, prompt: jax.Array) -> Any:
     return params, tokens, count
 
 
-def last_of(features: Any) -> jax.Array:
-    """Hidden states of the first model in a composite, for heads that know it."""
+def first_of(features: Any) -> Features:
+    """Those of the first model in a composite, for heads that know it."""
     while not isinstance(features, Features):
         features = features[0]
-    hidden = features.hidden
-    return hidden if hidden.ndim == 3 else hidden[0]
+    stacked = features.hidden.ndim > 3
+    return jax.tree.map(lambda leaf: leaf[0], features) if stacked else features
 
 
 def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
@@ -190,6 +190,6 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         "expanded tree": of_model(
             lambda lm: draft_tree(lm, growth.expanded(3, 4, min(2 * size, 24)))
         ),
-        "heads": heads(lambda made: parallel(made, read=last_of)),
-        "tree of heads": heads(lambda made: parallel_tree(made, short, read=last_of)),
+        "heads": heads(lambda made: parallel(made, read=first_of)),
+        "tree of heads": heads(lambda made: parallel_tree(made, short, read=first_of)),
     }

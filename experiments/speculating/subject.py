@@ -23,6 +23,9 @@ OWN = {  # without the data
 }
 
 
+Row = tuple[str, int]  # a prompt: its group, and its place in the group
+
+
 class Subject(NamedTuple):
     """A model, and prompts by group as tokens."""
 
@@ -47,21 +50,23 @@ class Subject(NamedTuple):
         """The model one level below, or some of its layers."""
         return transformer.transformer(self.config, taps, layers)
 
-    def first(self, group: str, rows: Sequence[int], size: int):
-        """Prompts of a group for `run`; where rows are missing, the first again."""
-        prompts = [self.prompts[group][row] for row in rows]
-        prompts += prompts[:1] * (size - len(prompts))
-        longest = max(map(len, prompts))
-        return decode.pad(prompts, min(w for w in self.widths if w >= longest))
+    def of(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The prompts of rows."""
+        return [self.prompts[group][row] for group, row in rows]
 
-    def batches(self, size: int) -> list[tuple[str, list[int]]]:
-        """Rows of one group at a time, short prompts first, at most `size` together."""
-        found = []
-        for name, prompts in self.prompts.items():
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for start in range(0, len(order), size):
-                found.append((name, order[start : start + size]))
-        return found
+    def padded(self, prompts: Sequence[list[int]], size: int):
+        """Prompts for `run`; where rows are missing, the first again."""
+        filled = [*prompts, *prompts[:1] * (size - len(prompts))]
+        longest = max(map(len, filled))
+        return decode.pad(filled, min(w for w in self.widths if w >= longest))
+
+    def batches(self, size: int) -> list[list[Row]]:
+        """All prompts, short ones first, at most `size` together."""
+        rows = [
+            (name, i) for name, some in self.prompts.items() for i in range(len(some))
+        ]
+        rows.sort(key=lambda row: len(self.of([row])[0]))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def spec_bench(folder: Path) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from collab_jax.lm import Out, Params, State
+from collab_jax.lm import Features, Out, Params, State
 
 
 class Draft(NamedTuple):
@@ -130,3 +130,24 @@ def check_size(name: str, value: Any) -> int:
             "draft, use decode.sample"
         )
     return value
+
+
+def of_one_model(features: Any) -> Features:
+    """The features of a target that is one model, warped or not.
+
+    Args:
+      features: of the target.
+
+    Raises:
+      ValueError: for those of a composite, or of an LM that has none.
+
+    >>> of_one_model(Features(jnp.ones((1, 2, 4)))).hidden.shape
+    (1, 2, 4)
+    """
+    if not isinstance(features, Features):
+        raise ValueError(
+            "the draft goes on from the hidden states of one model, and the target has "
+            f"features of type {type(features).__name__}: say where they are, e.g. "
+            "read=lambda features: features[0] for the first member"
+        )
+    return features

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax import slots
-from collab_jax.cooperate.efficient.draft import Proposer, Verified, along
+from collab_jax.cooperate.efficient.draft import Proposer, Verified, along, of_one_model
 from collab_jax.cooperate.efficient.growth import Growth
 from collab_jax.lm import Backbone, Features, KVCache, padded
 from collab_jax.models.extrapolator import Extrapolator
@@ -39,27 +39,6 @@ class Reading(NamedTuple):
 
     cache: KVCache
     guesses: jax.Array  # [B, 1 + M, W], of the pending token and of the nodes read
-
-
-def of_one_model(features: Any) -> Features:
-    """The features of a target that is one model, warped or not.
-
-    Args:
-      features: of the target.
-
-    Raises:
-      ValueError: for those of a composite, or of an LM that has none.
-
-    >>> of_one_model(Features(jnp.ones((1, 2, 4)))).hidden.shape
-    (1, 2, 4)
-    """
-    if not isinstance(features, Features):
-        raise ValueError(
-            "a feature drafter goes on from the hidden states of one model, and the "
-            f"target has features of type {type(features).__name__}: say where they "
-            "are, e.g. read=lambda features: features[0] for the first member"
-        )
-    return features
 
 
 def feature_drafter(
@@ -118,8 +97,10 @@ def feature_drafter(
     [8]
     """
 
-    def logits_of(base, guesses):
-        logits = backbone.unembed(base, guesses)
+    def logits_of(own, base, guesses):
+        logits = layer.unembed(own, base, guesses)
+        if layer.vocabulary is not None:
+            logits = layer.vocabulary.widen(logits)
         for function in warps:
             logits = function(logits)
         return logits
@@ -177,13 +158,13 @@ def feature_drafter(
                 places[:, count - new :],
             )
             every = jnp.concatenate([reading.guesses, guesses], axis=1)
-            return logits_of(base, guesses), Reading(cache, every)
+            return logits_of(own, base, guesses), Reading(cache, every)
 
         guess = state.guess[:, None]
         draft, _, reading = growth.grow(
             read_nodes,
             Reading(state.cache, guess),
-            logits_of(base, guess)[:, 0],
+            logits_of(own, base, guess)[:, 0],
             key,
             length,
         )

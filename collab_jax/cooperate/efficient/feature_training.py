@@ -44,7 +44,9 @@ def extrapolation_loss(
         sum_i decay^i mean_t (a smooth_l1(f'_t,i - f_t) - b sum_v p_t(v) log q_t,i(v))
 
     with `p_t = softmax(unembed f_t)` and q of the guess; the mean over the tokens is
-    weighted by that of the next token. The model is frozen: its gradient is 0.
+    weighted by that of the next token. The model is frozen: its gradient is 0. For a
+    layer with a draft vocabulary p is conditional on it, and the second term is left
+    out where the likeliest token is not in it.
 
     EAGLE-1 has one step, a = 1, b = 0.1 and noise 0.1; EAGLE-3 has taps, 7 steps, a = 0
     and b = 1.
@@ -91,20 +93,19 @@ def extrapolation_loss(
 
     @jax.checkpoint
     def nats(guesses, hidden, weights):  # [K]
-        p = jnp.exp(law.log_probs(backbone.unembed(base, hidden)))[:, :, None]
-        log_q = law.log_probs(_laws(backbone, base, guesses))
+        logits = backbone.unembed(base, hidden)
+        if layer.vocabulary is not None:
+            _, drafted = layer.vocabulary.place(jnp.argmax(logits, axis=-1))
+            weights = jnp.where(drafted[..., None], weights, 0.0)
+            logits = logits[..., jnp.asarray(layer.vocabulary.tokens)]
+        p = jnp.exp(law.log_probs(logits))[:, :, None]
+        log_q = law.log_probs(_laws(layer, params, base, guesses))
         cross = -jnp.where(p > 0, p * log_q, 0.0).sum(-1)
         return (weights * cross).sum((0, 1))
 
-    def where_it_counts(*pieces):  # no logits of prompts and padding
-        counts = (pieces[-1] != 0).any()
-        return jax.lax.cond(counts, nats, lambda *_: jnp.zeros(steps), *pieces)
-
     apart = optax.huber_loss(guesses, hidden[:, :, None]).mean(-1)
     total = feature_weight * (weights * apart).sum((0, 1))
-    total += law_weight * over_positions(
-        where_it_counts, (guesses, hidden, weights), chunk
-    )
+    total += law_weight * over_positions(nats, (guesses, hidden, weights), chunk)
     whole = weights.sum((0, 1))
     each = jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
     return jnp.sum(each * decay ** jnp.arange(steps))
@@ -223,8 +224,14 @@ def accuracies(
     )
     del hidden
 
+    targets = jnp.asarray(batch.tokens)[:, 1:]
+    whole = weights.sum((0, 1))[:, None]
+    if layer.vocabulary is not None:  # what is not drafted has no rank
+        targets, drafted = layer.vocabulary.place(targets)
+        weights = jnp.where(drafted[..., None], weights, 0.0)
+
     def hits(guesses, targets, weights):
-        logits = _laws(backbone, base, guesses)  # [B, chunk, K, V]
+        logits = _laws(layer, params, base, guesses)  # [B, chunk, K, V]
         right = jnp.broadcast_to(targets[:, :, None, None], (*logits.shape[:3], 1))
         chosen = jnp.take_along_axis(logits, right, axis=-1)
         earlier = jnp.arange(logits.shape[-1]) < right  # the first of equals is better
@@ -232,9 +239,7 @@ def accuracies(
         place = better.sum(-1)[..., None] == jnp.arange(ranks)
         return (weights[..., None] * place).sum((0, 1))
 
-    targets = jnp.asarray(batch.tokens)[:, 1:]
     found = over_positions(hits, (guesses, targets, weights), chunk)
-    whole = weights.sum((0, 1))[:, None]
     return jnp.where(whole > 0, found / jnp.where(whole > 0, whole, 1.0), 0.0)
 
 
@@ -290,8 +295,10 @@ def _guesses(backbone, layer, params, base, batch, steps, noise, key):
     return jnp.stack(found, axis=2), features.hidden, weights
 
 
-def _laws(backbone: Backbone, base: Params, guesses: jax.Array) -> jax.Array:
+def _laws(
+    layer: Extrapolator, params: Params, base: Params, guesses: jax.Array
+) -> jax.Array:
     """Logits `[B, T, K, V]` of guesses `[B, T, K, W]`."""
     rows, count, steps, width = guesses.shape
-    flat = backbone.unembed(base, guesses.reshape(rows, count * steps, width))
+    flat = layer.unembed(params, base, guesses.reshape(rows, count * steps, width))
     return flat.reshape(rows, count, steps, -1)

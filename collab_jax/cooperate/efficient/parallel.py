@@ -19,12 +19,18 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax import law
-from collab_jax.cooperate.efficient.draft import Draft, Proposer, Verified, along
+from collab_jax.cooperate.efficient.draft import (
+    Draft,
+    Proposer,
+    Verified,
+    along,
+    of_one_model,
+)
 from collab_jax.cooperate.efficient.topology import check_paths
 from collab_jax.lm import Features
 from collab_jax.models.parallel_heads import Heads
 
-Read = Callable[[Any], jax.Array]  # features of the target -> [B, T, W]
+Read = Callable[[Any], Features]  # from the target's features to one model's
 
 
 class Last(NamedTuple):
@@ -34,33 +40,12 @@ class Last(NamedTuple):
     known: jax.Array  # [B] bool, whether there is one
 
 
-def hidden_states(features: Any) -> jax.Array:
-    """The hidden states of a target that is one model, warped or not.
-
-    Args:
-      features: of the target.
-
-    Raises:
-      ValueError: for the features of a composite, or of an LM without hidden states.
-
-    >>> hidden_states(Features(jnp.ones((1, 2, 4)))).shape
-    (1, 2, 4)
-    """
-    if not isinstance(features, Features):
-        raise ValueError(
-            f"parallel heads read the hidden states of one model, and the target has "
-            f"features of type {type(features).__name__}: say where they are, e.g. "
-            "read=lambda features: features[0].hidden for the first member"
-        )
-    return features.hidden
-
-
-def parallel(heads: Heads, *, read: Read = hidden_states) -> Proposer:
+def parallel(heads: Heads, *, read: Read = of_one_model) -> Proposer:
     """The best token of every head, a chain: `x_i = argmax p_i(. | hidden)`.
 
     Args:
       heads: K of them; the draft has K tokens.
-      read: from the target's features to the hidden states that the heads know.
+      read: from the target's features to those of the model that the heads know.
 
     Returns:
       A proposer of one-hot chains. Its parameters are the pair of the heads' and of the
@@ -92,12 +77,13 @@ def parallel(heads: Heads, *, read: Read = hidden_states) -> Proposer:
 
     def draft(logits, known, key, length):
         del key, length
-        return _chain(jnp.argmax(logits, axis=-1), known)
+        best = jnp.argmax(logits, axis=-1)
+        return _chain(_tokens(heads, best), known)
 
     return _proposer(heads, read, draft, heads.size, heads.size)
 
 
-def parallel_sampled(heads: Heads, *warps, read: Read = hidden_states) -> Proposer:
+def parallel_sampled(heads: Heads, *warps, read: Read = of_one_model) -> Proposer:
     """A token drawn from every head, a chain: `x_i ~ p_i(. | hidden)`.
 
     The laws are products: no token depends on the one drafted before it.
@@ -106,7 +92,7 @@ def parallel_sampled(heads: Heads, *warps, read: Read = hidden_states) -> Propos
       heads: K of them; the draft has K tokens.
       *warps: functions of the heads' logits `[B, K, V]`, e.g. `warp.temperature(0.7)`;
         the first is applied first.
-      read: from the target's features to the hidden states that the heads know.
+      read: from the target's features to those of the model that the heads know.
 
     Returns:
       A proposer of chains. Its parameters are the pair of the heads' and of the model's
@@ -136,6 +122,8 @@ def parallel_sampled(heads: Heads, *warps, read: Read = hidden_states) -> Propos
     """
 
     def draft(logits, known, key, length):
+        if heads.vocabulary is not None:
+            logits = heads.vocabulary.widen(logits)
         for function in warps:
             logits = function(logits)
         tokens = [
@@ -147,7 +135,7 @@ def parallel_sampled(heads: Heads, *warps, read: Read = hidden_states) -> Propos
 
 
 def parallel_tree(
-    heads: Heads, paths: Sequence[Sequence[int]], *, read: Read = hidden_states
+    heads: Heads, paths: Sequence[Sequence[int]], *, read: Read = of_one_model
 ) -> Proposer:
     """A tree of the best tokens of every head: a node of rank r at depth i is head i's
     r-th best, behind every node of depth i - 1 that a path leads through.
@@ -157,7 +145,7 @@ def parallel_tree(
       paths: the ranks of the tokens from the root to each node, e.g. of
         `topology.grow(32, shares)` with the shares that `parallel_training.accuracies`
         measures; none is longer than K.
-      read: from the target's features to the hidden states that the heads know.
+      read: from the target's features to those of the model that the heads know.
 
     Returns:
       A proposer of one-hot trees. Its parameters are the pair of the heads' and of the
@@ -195,12 +183,18 @@ def parallel_tree(
                 f"rank {width - 1} of a vocabulary of {logits.shape[-1]} tokens: "
                 "smaller ranks are expected"
             )
-        _, best = jax.lax.top_k(logits[:, :depth], width)  # [B, D, R]
-        found = _chain(best[:, jnp.asarray(levels), jnp.asarray(ranks)], known)
+        _, best = jax.lax.top_k(logits[:, :depth], width)  # [B, D, ranks]
+        nodes = best[:, jnp.asarray(levels), jnp.asarray(ranks)]
+        found = _chain(_tokens(heads, nodes), known)
         above = jnp.asarray(parents, jnp.int32)
         return found._replace(parents=jnp.broadcast_to(above, found.tokens.shape))
 
     return _proposer(heads, read, draft, len(parents), depth)
+
+
+def _tokens(heads: Heads, places: jax.Array) -> jax.Array:
+    """The tokens that the places in the heads' logits speak of."""
+    return places if heads.vocabulary is None else heads.vocabulary.token(places)
 
 
 def _chain(tokens: jax.Array, known: jax.Array) -> Draft:
@@ -232,7 +226,7 @@ def _proposer(
 
     def observe(params, state, verified: Verified):
         del params
-        hidden = read(verified.out.features)
+        hidden = read(verified.out.features).hidden
         if hidden.shape[-1] != state.hidden.shape[-1]:
             raise ValueError(
                 f"hidden states of width {hidden.shape[-1]} for heads of width "

@@ -30,7 +30,8 @@ def heads_loss(
 
     The mean is weighted by the predicted token's weight. A prediction counts where the
     tokens between have a weight too: none reaches into another text, or into an answer
-    from within its prompt. The model is frozen: its gradient is 0.
+    from within its prompt; nor does that of a token that the heads do not draft. The
+    model is frozen: its gradient is 0.
 
     Args:
       backbone: the model; it is run without a cache.
@@ -229,7 +230,7 @@ def accuracies(
 
     On text that the model wrote itself it is what decoding will see, and
     `topology.grow(nodes, accuracies)` the tree that it calls for. Predictions count as
-    in `heads_loss`.
+    in `heads_loss`; a token that the heads do not draft has no rank.
 
     Args:
       backbone: the model; it is run without a cache.
@@ -264,6 +265,8 @@ def accuracies(
     """
     hidden = _hidden(backbone, base, batch)
     targets, weights = _ahead(batch, heads.size)
+    whole = weights.sum((0, 1))[:, None]
+    targets, weights = _drafted(heads, targets, weights)
 
     def hits(hidden, targets, weights):
         logits = heads.apply(params, base, hidden)  # [B, chunk, K, V]
@@ -275,7 +278,6 @@ def accuracies(
         return (weights[..., None] * place).sum((0, 1))
 
     found = over_positions(hits, (hidden, targets, weights), chunk)
-    whole = weights.sum((0, 1))[:, None]
     return jnp.where(whole > 0, found / jnp.where(whole > 0, whole, 1.0), 0.0)
 
 
@@ -312,12 +314,20 @@ def _ahead(batch: Batch, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(targets, axis=-1), jnp.stack(counted, axis=-1)
 
 
+def _drafted(heads, targets, weights):
+    """Targets as places in the heads' logits; those without a place do not count."""
+    if heads.vocabulary is None:
+        return targets, weights
+    place, drafted = heads.vocabulary.place(targets)
+    return place, jnp.where(drafted, weights, 0.0)
+
+
 def _decayed(heads, params, base, hidden, batch, decay, chunk) -> jax.Array:
     """The sum of the heads' losses, each with its weight."""
 
     def logits(both, hidden):
         return heads.apply(*both, hidden)
 
-    targets, weights = _ahead(batch, heads.size)
+    targets, weights = _drafted(heads, *_ahead(batch, heads.size))
     each = mean_nats(logits, (params, base), hidden, targets, weights, chunk)
     return jnp.sum(each * decay ** jnp.arange(1, heads.size + 1))
