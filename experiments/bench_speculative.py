@@ -15,8 +15,9 @@ Expected: not run on an idle machine yet.
 
 The draft model is the first E layers of the model itself, with its norm and head. Who
 comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
-whatever holds the draft; transformers reads what it drafted. Seconds are those of the whole call, with
-the prompt read; programs are compiled before. A ratio is that of the sums.
+whichever holds the draft; transformers reads what it drafted. Seconds are those of the
+whole call, with the prompt read; programs are compiled before. A ratio is that of the
+sums.
 """
 
 import argparse
