@@ -9,9 +9,12 @@ Command: python experiments/bench_speculative.py [--smoke] [--data DIR] [--rows 
 stopped is taken up again. Needs the extra `parity`; without torch ours is measured
 alone.
 Data: as for speculative_speed.py.
-Hardware: two idle CPU cores, 6 GiB; about half an hour (`--smoke`: seconds, ours alone,
-a random toy model).
-Expected: not run on an idle machine yet.
+Hardware: two idle CPU cores, 6 GiB; about an hour with `--rows 2 --repeats 1`
+(`--smoke`: seconds, ours alone, a random toy model).
+Expected: seen in November 2026 on two CPU cores, 12 prompts, texts equal: over
+transformers 2.1x for greedy, 1.6x for prompt lookup, 2.0x for a draft model (measured
+beside other work); drafts of 10 tokens are slower than plain decoding there, 0.7x.
+Adaptive n-grams, batches of 8 and the time of a round were not measured whole yet.
 
 The draft model is the first E layers of the model itself, with its norm and head. Who
 comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
