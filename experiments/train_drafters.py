@@ -6,8 +6,8 @@ vocabulary, trained for minutes on the model's own greedy text, take more tokens
 than before training, on other prompts than those they were trained on; the greedy text
 stays that of plain decoding.
 Command: python experiments/train_drafters.py [--smoke] [--data DIR] [--texts N]
-[--epochs E] [--vocabulary R] [--rows N] [--output FILE]; what was written or trained
-is kept.
+[--epochs E] [--vocabulary R] [--kinds K ...] [--rows N] [--output FILE]; what was
+written or trained is kept, and so are the results of another kind.
 Data: as for speculative_speed.py; the prompts that are not measured are trained on.
 Hardware: two CPU cores, 8 GiB; about an hour for both (`--smoke`: seconds, a random
 toy model, which has little to learn).
@@ -50,6 +50,7 @@ from collab_jax.models.parallel_heads import medusa, narrowed
 from collab_jax.packing import Batch, rows
 
 RESULTS = Path(__file__).parent / "results" / "train_drafters.json"
+KINDS = "heads", "features"
 ROWS = 8  # of a batch while text is written
 HEADS, NODES = 4, 16  # heads, and nodes of a tree
 STEPS = 3  # how deep the feature layer reads its own guesses in training
@@ -191,6 +192,7 @@ def drafters(
     base, backbone, data = subject.params, subject.backbone(), data_of(subject, pairs)
     said = [part for pair in pairs for part in pair]
     few = frequent(said, chosen.vocabulary, subject.vocab, subject.eos)
+    made: dict[str, tuple[Callable[[Any], Proposer], Trained]] = {}
     steps = chosen.epochs * -(-len(data.tokens) // 4)
     rate = optax.warmup_cosine_decay_schedule(
         0, chosen.rate, max(1, steps // 10), max(2, steps)
@@ -199,41 +201,33 @@ def drafters(
     def optimizer():
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95))
 
-    heads = medusa(backbone, HEADS, output=narrowed(few))
-    start = heads.init(jax.random.key(0), base)
-    headed = train(
-        "heads",
-        heads_tuner(backbone, heads, optimizer()),
-        start,
-        subject,
-        data,
-        chosen,
-        cache,
-    )
-    layer = extrapolator(subject.config, vocabulary=few)
-    start = layer.init(jax.random.key(0), base)
-    tuner = extrapolation_tuner(
-        backbone, layer, optimizer(), steps=STEPS, law_weight=1.0, feature_weight=0.1
-    )
-    layered = train("features", tuner, start, subject, data, chosen, cache)
-    sample = Batch(*(leaf[:16] for leaf in data))
+    if "heads" in chosen.kinds:
+        heads = medusa(backbone, HEADS, output=narrowed(few))
+        start = heads.init(jax.random.key(0), base)
+        tuner = heads_tuner(backbone, heads, optimizer())
+        trained = train("heads", tuner, start, subject, data, chosen, cache)
+        sample = Batch(*(leaf[:16] for leaf in data))
 
-    def tree(params):
-        found = accuracies(backbone, heads, params, base, sample)
-        return parallel_tree(heads, topology.grow(NODES, np.asarray(found)))
+        def tree(params):
+            found = accuracies(backbone, heads, params, base, sample)
+            return parallel_tree(heads, topology.grow(NODES, np.asarray(found)))
 
-    return {
-        "heads, chain": (lambda _: parallel(heads), headed),
-        "heads, tree": (tree, headed),
-        "features, chain": (
-            lambda _: feature_drafter(backbone, layer, chain(HEADS)),
-            layered,
-        ),
-        "features, expanded tree": (
-            lambda _: feature_drafter(backbone, layer, expanded(HEADS, 4, NODES)),
-            layered,
-        ),
-    }
+        made["heads, chain"] = (lambda _: parallel(heads), trained)
+        made["heads, tree"] = (tree, trained)
+    if "features" in chosen.kinds:
+        layer = extrapolator(subject.config, vocabulary=few)
+        start = layer.init(jax.random.key(0), base)
+        tuner = extrapolation_tuner(
+            backbone, layer, optimizer(), steps=STEPS, law_weight=1, feature_weight=0.1
+        )
+        trained = train("features", tuner, start, subject, data, chosen, cache)
+        for name, growth in (
+            ("features, chain", chain(HEADS)),
+            ("features, expanded tree", expanded(HEADS, 4, NODES)),
+        ):
+            proposer = feature_drafter(backbone, layer, growth)
+            made[name] = (lambda _, proposer=proposer: proposer, trained)
+    return made
 
 
 def show(found: dict[str, Any]) -> None:
@@ -286,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--texts", type=int, default=192, help="to train on")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--vocabulary", type=int, default=8192, help="drafted tokens")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--rows", type=int, default=2, help="measured, of a group")
@@ -318,6 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "drafters": {},
     }
+    if output.exists():
+        before = json.loads(output.read_text("utf-8"))
+        if before["setting"] == found["setting"]:
+            found["training"] = before["training"] | found["training"]
+            found["drafters"] = before["drafters"]
     plain: dict[str, list[str]] = {}
     with progress("drafters", 2 * len(made)) as advance:
         for name, (make, trained) in made.items():
