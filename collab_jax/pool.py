@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from collab_jax.law import log_probs
 
@@ -42,7 +43,7 @@ def check_members(members: Sequence[jax.Array], weights: Sequence | None) -> Non
 
 def _refuse_negative(name: str, values: Sequence) -> None:
     for value in values:
-        if not isinstance(value, jax.core.Tracer) and float(value) < 0:
+        if not isinstance(value, jax.core.Tracer) and (np.asarray(value) < 0).any():
             raise ValueError(f"{name}: a weight of {value} was given, >= 0 is expected")
 
 

@@ -1,4 +1,4 @@
-"""A language model over the vocabulary of another tokenizer: `translate`.
+"""A language model that reads another tokenizer's text: `spelled`, `translate`.
 
 The text stands in the *pivot's* tokens; the *member* reads it in its own. A `Bridge`
 spells every pivot token in member tokens, one after the other, whatever stands around
@@ -21,6 +21,7 @@ import numpy as np
 from collab_jax import slots
 from collab_jax.lm import LM, Out, Params, State, branch_by_rows
 from collab_jax.score import score
+from collab_jax.warp import warp
 
 WIDTH = 64  # member tokens consumed by one call, at most
 
@@ -96,23 +97,22 @@ def from_spellings(
 
 
 class TranslateState(NamedTuple):
-    """State of `translate`; it has overflowed where `ends` at the last token > room."""
+    """State of `spelled`; it has overflowed where `ends` at the last token > room."""
 
     inner: State  # the member's; has consumed its spelling of the text, up to its room
     ends: jax.Array  # [B, S] int32, member tokens up to and with each pivot token
     length: jax.Array  # [B] int32, pivot tokens consumed
 
 
-def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
-    """An LM over the pivot's vocabulary, made of one over the member's.
+def spelled(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
+    """An LM that reads the pivot's tokens and speaks in the member's own.
 
-    It reads every pivot token as its spelling. Its law is the member's, restricted to
-    the tokens that both have, and renormalised:
+    It reads every pivot token as its spelling; its logits stay the member's,
 
-        p(v | x) = q(spelling[v] | spelled(x)) / sum_shared q,   0 if v is not shared
+        logits[u | x] = lm(u | spelled(x))   for the member's tokens u, [B, T, U]
 
-    As a draft, this is token-level intersection: `draft_lm(translate(small, bridge),
-    K)` proposes in the target's tokens and every lossless verifier stays lossless.
+    so what makes one law of unequal vocabularies takes it as it is: a pool for
+    `product`, or a function from U to V logits for `warp`, as `translate` has.
 
     A call takes as many calls of the member as its longest row needs, so a token that
     both have costs one narrow call. Its loop must not be vmapped (`stacked`), and trees
@@ -132,15 +132,12 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
       ValueError: for a ratio that is not positive; when first called, for an LM whose
         vocabulary is not the bridge's.
 
-    Source: token-level intersection, arXiv 2502.05202.
-
     >>> from collab_jax.models import table
-    >>> member, params = table.language_model(1), jnp.log(jnp.array(
-    ...     [[0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [1, 0, 0], [1, 0, 0]]))
-    >>> lm = translate(member, from_spellings([[0], [1], [0, 1]], vocab=3))
+    >>> member, params = table.language_model(1), jnp.arange(12.0).reshape(4, 3)
+    >>> lm = spelled(member, from_spellings([[0], [1], [0, 1]], vocab=3))
     >>> out, _ = lm.extend(params, lm.init(params, 1, 4), jnp.array([[0, 2]]))
-    >>> jax.nn.softmax(out.logits[0]).round(3).tolist()  # behind a, and behind a, b
-    [[0.333, 0.667, 0.0], [0.667, 0.333, 0.0]]
+    >>> out.logits[0].tolist()  # behind a, and behind a, b
+    [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     """
     if not ratio > 0:
         raise ValueError(f"ratio = {ratio}: a positive number of tokens is expected")
@@ -168,7 +165,7 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
         local = ends - start[:, None]  # member tokens of this call, up to each token
         width = min(count, WIDTH)
 
-        def spelled(i):
+        def piece(i):
             """The i-th `width` member tokens of this call; behind `total` anything."""
             place = i * width + jnp.arange(width)
             of = (local[:, None, :] <= place[:, None]).sum(-1)  # [B, width]
@@ -183,7 +180,7 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
 
         def step(carry):
             i, inner, outs = carry
-            out, inner = lm.extend(params, inner, spelled(i))
+            out, inner = lm.extend(params, inner, piece(i))
             unread = width - jnp.clip(total - i * width, 0, width)
             inner = lm.rewind(inner, unread)
             at = local - 1 - i * width  # where each pivot token ends in this piece
@@ -197,7 +194,7 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
 
             return i + 1, inner, jax.tree.map(merge, outs, out)
 
-        shape = jax.eval_shape(lm.extend, params, state.inner, spelled(0))[0]
+        shape = jax.eval_shape(lm.extend, params, state.inner, piece(0))[0]
         _check(bridge, shape.logits.shape[-1])
         outs = jax.tree.map(
             lambda x: jnp.zeros((batch, count, *x.shape[2:]), x.dtype), shape
@@ -205,10 +202,7 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
         _, inner, outs = jax.lax.while_loop(
             more, step, (jnp.int32(0), state.inner, outs)
         )
-        logits = jnp.where(
-            bridge.shared(), outs.logits[:, :, bridge.spelling[:, 0]], -jnp.inf
-        )
-        logits = jnp.where((ends > full)[:, :, None], jnp.nan, logits)
+        logits = jnp.where((ends > full)[:, :, None], jnp.nan, outs.logits)
         kept = slots.write(state.ends, ends, state.length)
         state = TranslateState(inner, kept, state.length + count)
         return Out(logits, outs.features), state
@@ -226,6 +220,42 @@ def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
 
     # the member's own trees are of other nodes; `branch_by_rows` does not call them
     return branch_by_rows(LM(init, extend, rewind, take, lm.branch, lm.prune))
+
+
+def translate(lm: LM, bridge: Bridge, ratio: float = 2.0) -> LM:
+    """An LM over the pivot's vocabulary, made of one over the member's.
+
+    It reads as `spelled` does. Its law is the member's, restricted to the tokens that
+    both have, and renormalised:
+
+        p(v | x) = q(spelling[v] | spelled(x)) / sum_shared q,   0 if v is not shared
+
+    As a draft, this is token-level intersection: `draft_lm(translate(small, bridge),
+    K)` proposes in the target's tokens and every lossless verifier stays lossless.
+
+    Args:
+      lm: any LM over the member's vocabulary.
+      bridge: from the pivot's vocabulary to the member's.
+      ratio: as in `spelled`.
+
+    Raises:
+      ValueError: as `spelled`.
+
+    Source: token-level intersection, arXiv 2502.05202.
+
+    >>> from collab_jax.models import table
+    >>> member, params = table.language_model(1), jnp.log(jnp.array(
+    ...     [[0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [1, 0, 0], [1, 0, 0]]))
+    >>> lm = translate(member, from_spellings([[0], [1], [0, 1]], vocab=3))
+    >>> out, _ = lm.extend(params, lm.init(params, 1, 4), jnp.array([[0, 2]]))
+    >>> jax.nn.softmax(out.logits[0]).round(3).tolist()  # behind a, and behind a, b
+    [[0.333, 0.667, 0.0], [0.667, 0.333, 0.0]]
+    """
+
+    def restricted(logits):
+        return jnp.where(bridge.shared(), logits[..., bridge.spelling[:, 0]], -jnp.inf)
+
+    return warp(spelled(lm, bridge, ratio), restricted)
 
 
 def _last(ends: jax.Array, length: jax.Array) -> jax.Array:

@@ -61,15 +61,15 @@ def bridge(
     >>> found.spelling.tolist(), found.pivot.tolist()
     ([[1, 0], [0, 0], [1, 0]], [1, 0, -1])
     """
-    ours, theirs = _read(pivot, vocab), _read(member, member_vocab)
+    ours, theirs = named_bytes(pivot, vocab), named_bytes(member, member_vocab)
     known: dict[bytes, int] = {}
-    for i in _ordinary(theirs):
+    for i in ordinary(theirs):
         known.setdefault(theirs[i][1], i)
     spelled: dict[int, list[int]] = {}
     aliases: list[int] = []
     seen: set[bytes] = set()
     missing: dict[int, bytes] = {}
-    for i in _ordinary(ours):
+    for i in ordinary(ours):
         text = ours[i][1]
         if text in seen:
             aliases.append(i)
@@ -88,7 +88,7 @@ def bridge(
     special = {i: name for i, (name, text) in ours.items() if not text}
     named = {i: name.encode() for i, name in special.items() if i not in spelled}
     aliases += named
-    spelled |= _spell({**missing, **named}, member, theirs, known)
+    spelled |= spellings({**missing, **named}, member, theirs, known)
     rows = max(ours) + 1 if vocab is None else vocab
     columns = max(theirs) + 1 if member_vocab is None else member_vocab
     lost = [i for i in ours if i not in spelled]
@@ -105,15 +105,39 @@ def bridge(
     )
 
 
-def _read(tokenizer: Any, vocab: int | None) -> dict[int, tuple[str, bytes]]:
-    """Name and bytes of every token that the model has a row for."""
+def named_bytes(
+    tokenizer: Any, vocab: int | None = None
+) -> dict[int, tuple[str, bytes]]:
+    """Name and bytes of every token that the model has a row for, by id.
+
+    Args:
+      tokenizer: byte-level BPE, or SentencePiece with byte tokens.
+      vocab: rows of the model; None for every token.
+
+    Raises:
+      ValueError: for a tokenizer of another kind.
+
+    >>> from tokenizers import Tokenizer, models, decoders
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> backend = Tokenizer(models.BPE({"\u0120": 0, "a": 1}, []))
+    >>> backend.decoder = decoders.ByteLevel()
+    >>> named_bytes(PreTrainedTokenizerFast(tokenizer_object=backend), 1)
+    {0: ('\u0120', b' ')}
+    """
     content = token_bytes(tokenizer)
     names = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return {i: (n, content[i]) for n, i in names if vocab is None or i < vocab}
 
 
-def _ordinary(tokens: Mapping[int, tuple[str, bytes]]) -> list[int]:
-    """Tokens with bytes; those that spell a byte by its number come last."""
+def ordinary(tokens: Mapping[int, tuple[str, bytes]]) -> list[int]:
+    """Tokens with bytes; those that spell a byte by its number come last.
+
+    Args:
+      tokens: name and bytes by id, as of `named_bytes`.
+
+    >>> ordinary({0: ("<0x61>", b"a"), 1: ("a", b"a"), 2: ("<s>", b"")})
+    [1, 0]
+    """
 
     def numbered(i: int) -> bool:
         name, text = tokens[i]
@@ -177,13 +201,32 @@ def special_twins(
     return found
 
 
-def _spell(
+def spellings(
     texts: Mapping[int, bytes],
     member: Any,
     theirs: Mapping[int, tuple[str, bytes]],
     known: Mapping[bytes, int],
 ) -> dict[int, list[int]]:
-    """Spellings of the texts that have one."""
+    """Spellings of the texts that have one.
+
+    What the member's tokenizer makes of a text, where that gives its bytes, or else the
+    fewest tokens that do.
+
+    Args:
+      texts: bytes by any key.
+      member: the tokenizer.
+      theirs: its tokens, of `named_bytes`.
+      known: bytes to token of those that may be used.
+
+    >>> from tokenizers import Tokenizer, models, decoders
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    >>> backend.decoder = decoders.ByteLevel()
+    >>> member = PreTrainedTokenizerFast(tokenizer_object=backend)
+    >>> known = {b"a": 0, b"b": 1}
+    >>> spellings({7: b"ba", 8: b"c"}, member, named_bytes(member), known)
+    {7: [1, 0]}
+    """
     found: dict[int, list[int]] = {}
     readable = {i: t.decode() for i, t in texts.items() if _is_text(t)}
     made = member.backend_tokenizer.encode_batch(

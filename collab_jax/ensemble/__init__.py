@@ -1,0 +1,1 @@
+"""Models that answer together: one law, or one answer, made of several."""
