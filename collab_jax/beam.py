@@ -11,7 +11,7 @@ L = P + N, V vocabulary.
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -140,6 +140,7 @@ def search(
     early_stopping: EarlyStopping | bool = False,
     eos: Sequence[int] = (),
     stop: Stop | None = None,
+    measure: Callable[[jax.Array], jax.Array] = law.log_probs,
     chunk: int = 128,
 ) -> Decoder:
     """Beam search for the continuation of the best penalised log-probability.
@@ -169,6 +170,8 @@ def search(
         rise).
       eos: a beam ends with any of these tokens, which it keeps.
       stop: a beam ends with the token that completes a stop string, which it keeps.
+      measure: from logits `[B, V]` to what a beam sums in the place of log-probs, e.g.
+        the identity, where scores are not a law (contrastive decoding). -inf forbids.
       chunk: prompt tokens consumed by one call.
 
     Raises:
@@ -269,7 +272,7 @@ def search(
         token = _last(own.running, own.last[:, None])
         out, inner = lm.extend(params, state.lm, token.reshape(-1, 1))
         inner = lm.rewind(inner, jnp.repeat(done.astype(jnp.int32), beams))
-        log_p = law.log_probs(out.logits[:, 0]).reshape(batch, beams, -1)
+        log_p = measure(out.logits[:, 0]).reshape(batch, beams, -1)
         invalid = jnp.isnan(log_p)
         grown, parent = grow(own.running, jnp.where(invalid, -jnp.inf, log_p))
 

@@ -53,6 +53,7 @@ class Config:
     sparse: tuple[bool, ...] = ()  # per layer: experts in the place of the MLP
     experts: int = 0
     active: int = 0  # experts that read each token
+    skipped: int = 0  # more probable experts that do not
     expert_inner: int = 0  # width inside an expert
     renormalise: bool = True  # the weights of the active experts sum to one
     bos: int | None = None

@@ -28,7 +28,7 @@ class Experts(NamedTuple):
 
 
 def route(
-    logits: jax.Array, active: int, renormalise: bool
+    logits: jax.Array, active: int, renormalise: bool, skipped: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """The most probable experts of each token, and the weight of each.
 
@@ -36,6 +36,7 @@ def route(
       logits: `[N, E]`, scores of the router.
       active: A.
       renormalise: whether the weights of the chosen experts sum to one.
+      skipped: how many of the most probable experts are passed over.
 
     Returns:
       weights `[N, A]` float32 and experts `[N, A]` int32, most probable first.
@@ -45,7 +46,8 @@ def route(
     ([[1, 2]], [[0.625, 0.375]])
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, chosen = jax.lax.top_k(probs, active)
+    weights, chosen = jax.lax.top_k(probs, skipped + active)
+    weights, chosen = weights[:, skipped:], chosen[:, skipped:]
     if renormalise:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights, chosen
@@ -147,6 +149,7 @@ class Mixture(nn.Module):
     renormalise: bool
     activation: Callable[[jax.Array], jax.Array]
     dtype: Any = jnp.float32
+    skipped: int = 0
 
     def setup(self):
         """Declares the router and the experts."""
@@ -156,7 +159,9 @@ class Mixture(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, W]` to `[B, T, W]`."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, chosen = route(self.router(flat), self.active, self.renormalise)
+        weights, chosen = route(
+            self.router(flat), self.active, self.renormalise, self.skipped
+        )
         few = flat.shape[0] * self.active <= self.count
         mix = mix_gathered if few else mix_dense
         return mix(flat, self.experts(), weights, chosen, self.activation).reshape(

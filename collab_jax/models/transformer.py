@@ -75,6 +75,7 @@ class Block(nn.Module):
                 c.renormalise,
                 ACTIVATIONS[c.activation],
                 self.dtype,
+                c.skipped,
             )
         else:
             self.mlp = MLP(c, self.dtype)
