@@ -75,11 +75,11 @@ def shared_layer(members):
 
 @pytest.mark.parametrize("mistaken", [False, True])
 def test_a_row_has_a_premature_layer_of_its_own(mistaken):
-    drawn = jax.random.normal(jax.random.key(0), (3, 4, 1, 9))
+    drawn = jax.random.normal(jax.random.key(0), (5, 8, 1, 9))
     right = layers.most_distant(pool.linear(1, -1))
     form = shared_layer if mistaken else right
     together = form(list(drawn))
-    alone = [form(list(drawn[:, row : row + 1]))[0] for row in range(4)]
+    alone = [form(list(drawn[:, row : row + 1]))[0] for row in range(8)]
     gap = float(jnp.abs(together - jnp.stack(alone)).max())
     assert gap > 0.1 if mistaken else gap < 1e-6
 
