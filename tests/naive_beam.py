@@ -1,6 +1,7 @@
 """Beam search over lists of hypotheses, written from its definition."""
 
 import itertools
+import math
 
 from collab_jax.beam import EarlyStopping
 
@@ -38,6 +39,7 @@ def search(
             (score + step, [*text, token])
             for score, text in running
             for token, step in enumerate(log_probs(prompt + text))
+            if step != -math.inf  # a forbidden text is none
         ]
         grown = sorted(every, key=lambda one: -one[0])[:candidates]
         over = [
