@@ -25,13 +25,16 @@ def fold_in(key: jax.Array, number) -> jax.Array:
     >>> bool((jax.random.key_data(fold_in(key, 1)) == jax.random.key_data(key)).all())
     False
     """
+    return _fold_in(key, jnp.asarray(number, jnp.uint32))
+
+
+@jax.jit  # programs fold a dozen times: it is traced and lowered once
+def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     words = jax.random.key_data(key)
     place = jnp.arange(len(words), dtype=jnp.uint32)
     # every new word depends on all old ones
-    every = jax.lax.reduce(
-        _mix(words + place), jnp.uint32(0), jax.lax.bitwise_xor, (0,)
-    )
-    mixed = _mix(_mix(words + jnp.uint32(number)) ^ _mix(every + place + 1))
+    every = lax.reduce(_mix(words + place), jnp.uint32(0), lax.bitwise_xor, (0,))
+    mixed = _mix(_mix(words + number) ^ _mix(every + place + 1))
     return jax.random.wrap_key_data(mixed, impl=jax.random.key_impl(key))
 
 
@@ -54,6 +57,7 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _mix(_mix(pieces.positions(shape) + words[0]) ^ words[1])
 
 
+@jax.jit
 def _mix(h: jax.Array) -> jax.Array:
     # in lax, which traces four times faster than operators do: programs hold dozens
     for shift, factor in (16, 0x21F0AAAD), (15, 0x735A2D97):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _asked = threading.local()
-_LANES = 1024  # of a sum; sizes of pieces are multiples
+LANES = 1024  # of a sum; sizes of pieces are multiples
 
 
 class Wanted(Exception):
@@ -155,10 +155,10 @@ def summed(x: jax.Array) -> jax.Array:
     >>> float(summed(jnp.ones((2, 3))))
     6.0
     """
-    if not in_pieces() or x.ndim != 1 or x.size % _LANES:
+    if not in_pieces() or x.ndim != 1 or x.size % LANES:
         return x.sum()
-    ones = jnp.ones(_LANES, x.dtype)
-    return jnp.matmul(x.reshape(-1, _LANES), ones, precision="highest").sum()
+    ones = jnp.ones(LANES, x.dtype)
+    return jnp.matmul(x.reshape(-1, LANES), ones, precision="highest").sum()
 
 
 def on_host(

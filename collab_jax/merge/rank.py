@@ -8,6 +8,7 @@ Shapes: S the shape of a leaf, M its entries.
 """
 
 import concurrent.futures
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from collab_jax.merge import magnitude, pieces
 
-_BLOCK = 1 << 16  # entries sorted at a time: they stay in the cache
+_BLOCK = 1 << 18
 
 
 def ranks(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -120,12 +121,17 @@ def _by_numpy(rows: np.ndarray) -> np.ndarray:
     def work(starts: Sequence[int]) -> None:
         fill(flat, found, starts, min(step, len(flat)))
 
-    if len(starts) < 4:
+    if len(starts) < many:
         work(starts)
     else:
-        with concurrent.futures.ThreadPoolExecutor(many) as pool:
-            list(pool.map(work, [starts[n::many] for n in range(many)]))
+        list(_pool().map(work, [starts[n::many] for n in range(many)]))
     return found.reshape(rows.shape)
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that sort, for all leaves: more than there are cores only wait."""
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "rank")
 
 
 def _fill(flat, found, starts: Sequence[int], step: int) -> None:

@@ -1,7 +1,7 @@
 """Running the programs of a flat transform piece by piece, on arrays of the host.
 
-Pieces have one of at most three sizes, the last is filled with zeros: so every leaf of
-every model runs the same few programs, which are compiled once and stay in the cache.
+Pieces have one of at most three sizes, the last is filled with zeros: so all leaves run
+the same few programs, which are compiled once and stay in the cache.
 
 Shapes: N experts, M entries of a leaf.
 """
@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from collab_jax.merge.pieces import Place, Spread, add
+from collab_jax.merge.pieces import LANES, Place, Spread, add
 from collab_jax.merge.program import Answer, Leaf, Programs
 from collab_jax.merge.stack import Facts
 
 SIZES = 1 << 20, 1 << 17, 1 << 12  # entries
 CALL = 1 << 15  # entries that take as long as calling a program
-PROGRAM = 1 << 24  # entries that take as long as tracing and loading one
+PROGRAM = 1 << 23  # entries that take as long as tracing and loading one
 AHEAD = 2  # pieces of a large leaf that are computed at the same time
 MANY = 8  # pieces of a large leaf
+OWN = 4  # sizes of leaves that are tried as sizes of pieces
 
 
 class Piece(NamedTuple):
@@ -38,17 +39,16 @@ class Piece(NamedTuple):
 def sizes(counts: Iterable[int]) -> tuple[int, ...]:
     """The sizes of pieces with which leaves of these many entries are done first.
 
-    Every size is a program to load, for every phase of a method.
+    Every size is a program to load, for every phase of a method. Sizes of leaves are
+    taken in place of the usual ones where that saves a tenth: nothing is then filled,
+    for programs that only models of this shape have.
 
     >>> sizes([5 * 10**7] * 30 + [10**5] * 60 + [576] * 61), sizes([64, 64])
     ((1048576, 131072), (4096,))
+    >>> sizes([49152 * 576] + [1536 * 576] * 90 + [576 * 576] * 60 + [192 * 576] * 60)
+    (884736, 110592)
     """
     kinds = Counter(counts)
-    choices = [
-        chosen
-        for n in range(len(SIZES), 0, -1)
-        for chosen in itertools.combinations(SIZES, n)
-    ]
 
     def cost(chosen: tuple[int, ...]) -> int:
         work = (
@@ -57,7 +57,22 @@ def sizes(counts: Iterable[int]) -> tuple[int, ...]:
         )
         return sum(work) + len(chosen) * PROGRAM
 
-    return min(choices, key=cost)
+    def best(sizes: Sequence[int]) -> tuple[int, ...]:
+        counts = range(len(SIZES), 0, -1)
+        return min(
+            (chosen for n in counts for chosen in itertools.combinations(sizes, n)),
+            key=cost,
+        )
+
+    fitting = [
+        count
+        for count in kinds
+        if count % LANES == 0 and SIZES[-1] <= count <= SIZES[0]
+    ]
+    fitting.sort(key=lambda count: count * kinds[count], reverse=True)
+    usual = best(SIZES)
+    own = best(sorted({*SIZES, *fitting[:OWN]}, reverse=True))
+    return own if cost(own) < 0.9 * cost(usual) else usual
 
 
 def cut(count: int, sizes: Sequence[int] = SIZES) -> list[Piece]:

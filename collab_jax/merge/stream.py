@@ -212,8 +212,7 @@ def _sizes(
     counts: dict[Transform | None, list[int]] = {}
     for job in jobs:
         own = counts.setdefault(job.part, [])
-        if job.part is not None and job.part.survey:
-            own.append(math.prod(job.shape))
+        own += [math.prod(job.shape)] * len(_surveys(job))
     for group in groups:
         if len(group) == 1:
             counts[group[0].part].append(math.prod(group[0].shape))
