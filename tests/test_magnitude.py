@@ -84,7 +84,7 @@ def in_pieces(xs, ks, ties, size):
         if wanted is None:
             joined = (np.concatenate(column) for column in zip(*masks, strict=True))
             return [mask[:count] for mask in joined]
-        assert wanted.whole
+        assert wanted.unit((count,)) == count
         operands = jax.tree.map(np.asarray, wanted.operands)
         found = [
             wanted.settle(np.concatenate(column), n, (count,), *operands)

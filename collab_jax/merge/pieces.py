@@ -28,15 +28,19 @@ class Wanted(Exception):
     """Raised through a part that asks for a sum which is not known yet."""
 
     def __init__(
-        self, summary: Any, settle: Callable, operands: tuple, whole: bool = False
+        self,
+        summary: Any,
+        settle: Callable,
+        operands: tuple,
+        unit: Callable[[tuple[int, ...]], int] | None = None,
     ):
         """What the piece adds to the sum, and what becomes of the sum.
 
-        Where `whole` is set the summary is a list of arrays with as many entries as the
-        piece, and `settle` wants each of them for the whole leaf: see `on_host`.
+        Where there is a `unit` the summary is a list of arrays with as many entries as
+        the piece, and `settle` wants so many of a leaf's entries at once: `on_host`.
         """
         self.summary, self.settle, self.operands = summary, settle, operands
-        self.whole = whole
+        self.unit = unit
 
 
 class Spread(NamedTuple):
@@ -162,7 +166,10 @@ def summed(x: jax.Array) -> jax.Array:
 
 
 def on_host(
-    arrays: Sequence[jax.Array], compute: Callable[..., Any], *operands: Any
+    arrays: Sequence[jax.Array],
+    compute: Callable[..., Any],
+    *operands: Any,
+    unit: Callable[[tuple[int, ...]], int] = math.prod,
 ) -> list[Any]:
     """What NumPy computes from arrays of the whole leaf, faster than XLA on a CPU.
 
@@ -176,6 +183,9 @@ def on_host(
         of that shape. It returns a tree of arrays; in it, `Spread` becomes the stretch
         of the piece at hand.
       *operands: equal for all pieces.
+      unit: from the leaf's shape to the entries that `compute` has to see together. It
+        then takes any number of such units in place of the leaf, and what it returns
+        beside `Spread` is the same for all.
 
     Returns:
       K results.
@@ -185,7 +195,7 @@ def on_host(
     """
     if not in_pieces():
         raise RuntimeError("on_host works in pieces only")
-    return _known(Wanted(list(arrays), compute, operands, whole=True))
+    return _known(Wanted(list(arrays), compute, operands, unit))
 
 
 def hosted(part: Callable) -> Callable:

@@ -42,7 +42,8 @@ class Answer(NamedTuple):
     summary: Any = None  # what the piece adds to the sum, and what settling it needs
     operands: tuple = ()
     settle: Callable | None = None
-    whole: bool = False  # whether the host wants the summaries of all pieces: `on_host`
+    # from the leaf's shape to the entries that the host settles at once: `on_host`
+    unit: Callable[[Shape], int] | None = None
 
 
 class Programs(NamedTuple):
@@ -169,6 +170,6 @@ def programs(transform: Transform) -> Programs:
         wanted = settles.get(asked) if result is None else None
         if wanted is None:
             return Answer(result)
-        return Answer(None, summary, operands, wanted.settle, wanted.whole)
+        return Answer(None, summary, operands, wanted.settle, wanted.unit)
 
     return Programs(run_merge, run_ask, run_piece, run_batch, kind)

@@ -9,6 +9,7 @@ Shapes: S the shape of a leaf, M its entries.
 
 import concurrent.futures
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,10 @@ def _ranks(xs: Sequence[jax.Array], axis: int) -> list[tuple[jax.Array, Any]]:
         def compute(leaf, n, shape):
             return _of_leaf(leaf, shape, axis)
 
-        found = pieces.on_host(values, compute)
+        def unit(shape):
+            return math.prod(shape[_axis(shape, axis) % max(1, len(shape)) :])
+
+        found = pieces.on_host(values, compute, unit=unit)
         return [(row.astype(jnp.int32), count) for row, count in found]
     if values[0].ndim == 0:
         return [(jnp.zeros((), jnp.int32), 1) for _ in xs]
@@ -64,11 +68,12 @@ def _axis(shape: tuple[int, ...], axis: int) -> int:
 
 
 def _of_leaf(leaf, shape, axis):
-    values = leaf.reshape(shape or (1,))
-    axis = _axis(values.shape, axis)
-    found = np.moveaxis(_by_numpy(np.moveaxis(values, axis, -1)), -1, axis)
-    flat = np.ascontiguousarray(found).reshape(-1)
-    return pieces.Spread(flat), np.int32(values.shape[axis])
+    """The ranks of a leaf, or of any number of its rows along the axis."""
+    shape = shape or (1,)
+    rest = shape[_axis(shape, axis) % len(shape) :]
+    rows = np.moveaxis(leaf.reshape(-1, *rest), 1, -1)
+    found = np.ascontiguousarray(np.moveaxis(_by_numpy(rows), -1, 1))
+    return pieces.Spread(found.reshape(-1)), np.int32(rest[0])
 
 
 def rising(

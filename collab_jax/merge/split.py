@@ -146,7 +146,7 @@ def run(
         total: Any = None
         answer: Answer | None = None
         for piece, answer in _each(call, pieces):
-            if answer.whole:
+            if answer.unit is not None:
                 break
             if answer.settle is not None:
                 total = add(total, answer.summary)
@@ -161,7 +161,7 @@ def run(
             raise ValueError(f"tensor {leaf.name} has no entries: nothing to merge")
         if answer.settle is None:
             return result if i is None else total
-        if answer.whole:
+        if answer.unit is not None:
             known = (*known, _on_host(call, pieces, answer, leaf))
         else:
             operands = jax.tree.map(np.asarray, answer.operands)
@@ -207,36 +207,88 @@ def _spread(x: Any) -> bool:
 def _on_host(
     call: Callable[[Piece], Answer], pieces: list[Piece], known: Answer, leaf: Leaf
 ) -> list[Any]:
-    """What the host makes of arrays of the whole leaf, of as many as there is room for.
+    """What the host makes of arrays of the leaf, of as many as there is room for.
 
     All that is held, with a copy of one array, is to be at most N + 3 arrays in the
-    working precision. What does not fit is computed once more.
+    working precision. What does not fit is computed once more. Where the host can do
+    with less than the leaf nothing is held but what it returns.
     """
     arrays, settle = known.summary, known.settle
     assert settle is not None
-    first: Answer | None = known
+    assert known.unit is not None
+    operands = jax.tree.map(np.asarray, known.operands)
+    shape, total = leaf.experts[0].shape, pieces[-1].end
+    unit = known.unit(shape)
+
+    def stretches(rest: Sequence[Piece], first: Answer | None):
+        begun = [(pieces[0], first)] if first else []
+        for piece, answer in itertools.chain(begun, _each(call, rest)):
+            count = piece.end - piece.start
+            yield [np.asarray(x).reshape(-1)[:count] for x in answer.summary]
+
+    if unit < total:
+
+        def settled(n: int) -> Callable[[np.ndarray], Any]:
+            return lambda units: settle(units, n, shape, *operands)
+
+        rows = [_Rows(unit, total, settled(n)) for n in range(len(arrays))]
+        for parts in stretches(pieces[1:], known):
+            for row, part in zip(rows, parts, strict=True):
+                row.add(part)
+        return [row.found for row in rows]
     width = arrays[0].dtype.itemsize
     inputs = [x for x in (leaf.base, *leaf.experts) if x is not None]
     stored = sum(np.asarray(x).dtype.itemsize for x in inputs)
     room = ((len(leaf.experts) + 3) * width - stored) // width - 1
+    first: Answer | None = known
     found: list[Any] = []
     for start in range(0, len(arrays), max(1, room)):
         numbers = range(start, min(len(arrays), start + max(1, room)))
-        leaves = [np.empty(pieces[-1].end, arrays[n].dtype) for n in numbers]
-        rest = pieces[1:] if first else pieces
-        begun = [(pieces[0], first)] if first else []
-        for piece, answer in itertools.chain(begun, _each(call, rest)):
+        leaves = [np.empty(total, arrays[n].dtype) for n in numbers]
+        at = 0
+        for parts in stretches(pieces[1:] if first else pieces, first):
             for n, values in zip(numbers, leaves, strict=True):
-                own = values[piece.start : piece.end]
-                own[:] = np.asarray(answer.summary[n]).reshape(-1)[: len(own)]
+                values[at : at + len(parts[n])] = parts[n]
+            at += len(parts[0])
         first = None
-        del values, own
+        del values, parts
         leaves.reverse()
         for n in numbers:
-            operands = jax.tree.map(np.asarray, known.operands)
             # of a large leaf it is a lot of memory: nothing here holds it any longer
-            found.append(settle(leaves.pop(), n, leaf.experts[0].shape, *operands))
+            found.append(settle(leaves.pop(), n, shape, *operands))
     return found
+
+
+class _Rows:
+    """What a leaf's units give, as its entries come in."""
+
+    def __init__(self, unit: int, total: int, settle: Callable[[np.ndarray], Any]):
+        self.unit, self.total, self.settle, self.at = unit, total, settle, 0
+        self.left: np.ndarray | None = None  # the beginning of a unit
+        self.found: Any = None
+
+    def add(self, part: np.ndarray) -> None:
+        """Settles the units that these entries complete."""
+        if self.left is not None and len(self.left):
+            part = np.concatenate([self.left, part])
+        count = len(part) // self.unit * self.unit
+        self.left = part[count:].copy()
+        if count:
+            self._put(self.settle(part[:count]), count)
+
+    def _whole(self, x: Any) -> Any:
+        return Spread(np.empty(self.total, x.values.dtype)) if _spread(x) else x
+
+    def _put(self, made: Any, count: int) -> None:
+        if self.found is None:
+            self.found = jax.tree.map(self._whole, made, is_leaf=_spread)
+
+        def put(whole, x):
+            if _spread(x):
+                whole.values[self.at : self.at + count] = x.values
+
+        jax.tree.map(put, self.found, made, is_leaf=_spread)
+        self.at += count
 
 
 def _take(array: np.ndarray, piece: Piece) -> np.ndarray:
