@@ -66,6 +66,15 @@ class Codec(NamedTuple):
     spelling: Callable[[], Sequence[bytes]] | None = None
 
 
+class Own(NamedTuple):
+    """Members that read prompts of their own, see `collab_jax.combine.prefixed`."""
+
+    encode: tuple[Callable[[Sequence[str]], list[list[int]]], ...]  # N
+    # (params, N of (tokens [B, P], length [B])) -> what the decoder takes
+    place: Callable[[Params, Sequence[tuple[jax.Array, jax.Array]]], Params]
+    start: int = 0  # the token that the shared text begins with
+
+
 class Generation(NamedTuple):
     """`Reply.info` of a model that ran here."""
 
@@ -135,6 +144,7 @@ def from_decoder(
     batch_size: int = 8,
     longest_prompt: int | None = None,
     report: Callable[[int, Reply], None] | None = None,
+    own: Own | None = None,
 ) -> Responder:
     """Lifts a decoding strategy to a responder.
 
@@ -149,6 +159,8 @@ def from_decoder(
       batch_size: most rows of a program.
       longest_prompt: most tokens of a prompt that the model can continue.
       report: called with (index, reply) as soon as a reply is known.
+      own: how the members read a prompt, each in its own template or tokens; None where
+        all read the same.
 
     Raises:
       ValueError: by the responder, before it starts, for a prompt without tokens or one
@@ -166,27 +178,69 @@ def from_decoder(
     program = compile(lambda _: decoder)
 
     def respond(prompts, key):
-        tokens = codec.encode(list(prompts))
-        _check(tokens, longest_prompt)
-        keys = law.row_keys(key, len(tokens))
+        texts = read(codec, own, list(prompts))
+        for tokens in texts:
+            _check(tokens, longest_prompt)
+        keys = law.row_keys(key, len(prompts))
         replies: dict[int, Reply] = {}
-        for batch in batches([len(ids) for ids in tokens], batch_size):
+        longest = [max(map(len, tokens)) for tokens in zip(*texts, strict=True)]
+        for batch in batches(longest, batch_size):
             # a row without a prompt repeats the first: it ends when that one ends
             rows = [*batch.rows, *batch.rows[:1] * (batch.size - len(batch.rows))]
             start = time.perf_counter()
-            prompt, length = pad([tokens[i] for i in rows], batch.width)
-            result = program(None, params, prompt, length, keys[np.array(rows)])
+            chosen = [[tokens[i] for i in rows] for tokens in texts]
+            fed = feed(own, params, chosen, batch.width)
+            result = program(None, *fed, keys[np.array(rows)])
             _await(result.scores)
             check_finite(result, params)
             result = jax.tree.map(np.asarray, result)
             seconds = (time.perf_counter() - start) / len(batch.rows)
             for row, i in enumerate(batch.rows):
-                replies[i] = _reply(result, row, tokens[i], codec, stops, seconds)
+                replies[i] = _reply(result, row, texts[0][i], codec, stops, seconds)
                 if report is not None:
                     report(i, replies[i])
-        return [replies[i] for i in range(len(tokens))]
+        return [replies[i] for i in range(len(prompts))]
 
     return respond
+
+
+def read(
+    codec: Codec, own: Own | None, prompts: Sequence[str]
+) -> list[list[list[int]]]:
+    """The tokens of each prompt for every member, or once where all read the same.
+
+    Args:
+      codec: how texts become tokens.
+      own: see `from_decoder`.
+      prompts: the texts.
+
+    >>> letters = Codec(lambda texts: [[ord(c) - 97 for c in t] for t in texts], str)
+    >>> read(letters, None, ["ab", "c"])
+    [[[0, 1], [2]]]
+    """
+    encoders = (codec.encode,) if own is None else own.encode
+    return [encode(prompts) for encode in encoders]
+
+
+def feed(
+    own: Own | None, params: Params, texts: Sequence[Sequence[list[int]]], width: int
+) -> tuple[Params, jax.Array, jax.Array]:
+    """What a decoder takes for a batch: parameters, prompt and its length.
+
+    Args:
+      own: see `from_decoder`.
+      params: of the decoder's LM, without prompts.
+      texts: of `read`, of the rows of the batch.
+      width: that prompts are padded to.
+
+    >>> _, prompt, length = feed(None, (), [[[1, 2], [3]]], 3)
+    >>> prompt.tolist(), length.tolist()
+    ([[1, 2, 0], [3, 0, 0]], [2, 1])
+    """
+    prompts = [pad(rows, width) for rows in texts]
+    if own is None:
+        return params, *prompts[0]
+    return own.place(params, prompts), *pad([[own.start]] * len(texts[0]), 1)
 
 
 def from_lm(

@@ -14,11 +14,11 @@ Hardware: Linux, two idle CPU cores, 6 GiB, 12 GB of disk; about three hours, ne
 of it mergekit's (`--smoke`: seconds, ours alone, a random toy model).
 Expected: every bar holds. Programs alternate within each repeat, with the inputs in the
 page cache and nothing left to flush; a ratio is the median over the repeats. Seen in
-November 2026, SmolLM2, two repeats: linear 5.2x, slerp 4.2x, SCE 7.6x, breadcrumbs
-6.5x, TIES 6.4x; below their bar of 5x DARE-TIES 4.5x and DELLA 4.2x; all in 0.5 to 0.8
-GiB. 1.1B parameters, one repeat: linear 7.2x and 1.04 times a flushed copy, slerp 2.8x,
-TIES 19x, DARE-TIES 7.6x, DELLA 6.8x, SCE 15x, breadcrumbs 15x; in 0.9 to 2.1 GiB, but
-DELLA in 2.29 GiB, above its 2.22 (it holds a copy of a leaf less since then).
+November 2026, SmolLM2, three repeats: linear 4.7x, slerp 4.5x, TIES 6.1x, DARE-TIES
+5.6x, DELLA 5.9x, SCE 8.4x, breadcrumbs 5.2x, in 0.5 to 0.7 GiB; single runs of one
+command differ by up to a third on that machine. 1.1B parameters, one repeat: linear
+7.2x and 1.04 times a flushed copy, slerp 2.8x, TIES 19x, DARE-TIES 7.6x, DELLA 7.4x,
+SCE 15x, breadcrumbs 15x; in 0.9 to 2.1 GiB.
 """
 
 import argparse

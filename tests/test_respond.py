@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax import decode, respond, warp
+from collab_jax import decode, pool, respond, warp
+from collab_jax.combine import prefixed, product
 from collab_jax.decoder import pad, run
 from collab_jax.models import table
-from collab_jax.respond import Codec, Cost, Reply, from_decoder, from_lm
+from collab_jax.respond import Codec, Cost, Own, Reply, from_decoder, from_lm
 
 KEY = jax.random.key(3)
 ALPHABET = "abcdefgh."
@@ -60,6 +61,41 @@ def test_replies_are_those_of_the_decoder():
         assert reply.info.finish == ("eos" if new[-1] == 8 else "length")
         assert reply.score == pytest.approx(float(result.scores[row]), abs=1e-5)
         assert reply.info.prompt_tokens == LETTERS.encode([prompt])[0]
+
+
+def test_members_read_prompts_of_their_own():
+    prompts = texts(5, longest=60)
+    lm = product([prefixed(LM)] * 2, pool.mixture(0.3, 0.7))
+
+    def shouted(some):
+        return LETTERS.encode([text[::-1] + "abc" for text in some])
+
+    def place(params, given):
+        return tuple((params, *own) for own in given)
+
+    decoder = decode.greedy(lm, 6, eos=LETTERS.eos)
+    own = Own((LETTERS.encode, shouted), place, start=3)
+    ask = from_decoder(decoder, PARAMS, LETTERS, batch_size=2, own=own)
+    for prompt, reply in zip(prompts, ask(prompts, KEY), strict=True):
+        # the oracle: the same laws, read anew at every token
+        mine, theirs = LETTERS.encode([prompt])[0], shouted([prompt])[0]
+        new: list[int] = []
+        while len(new) < 6 and new[-1:] != [8]:
+            law = 0.0
+            for weight, tokens in ((0.3, mine), (0.7, theirs)):
+                row = jnp.array([tokens + new])
+                out, _ = LM.extend(PARAMS, LM.init(PARAMS, 1, row.size), row)
+                law += weight * jax.nn.softmax(out.logits[0, -1])
+            new.append(int(law.argmax()))
+        assert reply.info.tokens == new
+        assert reply.info.prompt_tokens == mine
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        ask(["a", ""], KEY)
+    # the control: members that read the same give other texts
+    same = own._replace(encode=(LETTERS.encode,) * 2)
+    ask_same = from_decoder(decoder, PARAMS, LETTERS, batch_size=2, own=same)
+    texts_of = [reply.text for reply in ask(prompts, KEY)]
+    assert [reply.text for reply in ask_same(prompts, KEY)] != texts_of
 
 
 def test_one_program_for_each_width():

@@ -136,7 +136,12 @@ def check_flags(
 
 
 def open_drafter(
-    draft: str, length: int | None, verify: str | None, target: "Opened", dtype: str
+    draft: str,
+    length: int | None,
+    verify: str | None,
+    target: "Opened",
+    dtype: str,
+    **chat: Any,
 ) -> Drafter:
     """What drafts for a model; its parameters are not read yet.
 
@@ -146,6 +151,7 @@ def open_drafter(
       verify: one of `VERIFIERS`; None for the default.
       target: the model that is drafted for.
       dtype: of the drafting model's parameters.
+      **chat: of `open_source`, for a prompt of its own.
 
     Raises:
       FileNotFoundError: where there is no such model.
@@ -163,36 +169,15 @@ def open_drafter(
         return drafter
     from collab_jax.commands.opening import open_source
 
-    opened = open_source(draft, dtype)
-    bridge = None if _same_tokens(opened, target) else _bridge(draft, opened, target)
+    opened = open_source(draft, dtype, **chat)
+    bridge = None if opened.same_tokens(target) else _bridge(draft, opened, target)
     return drafter._replace(opened=opened, bridge=bridge)
-
-
-def _same_tokens(drafter: "Opened", target: "Opened") -> bool:
-    """Whether a token means the same to both."""
-    if drafter.config.vocab != target.config.vocab:
-        return False
-    assert drafter.codec.spelling is not None
-    assert target.codec.spelling is not None
-    return drafter.codec.spelling() == target.codec.spelling()
 
 
 def _bridge(source: str, drafter: "Opened", target: "Opened") -> "Bridge":
     """How the target's tokens are spelled in the draft's; says how many are shared."""
-    from collab_jax.io.bridge import bridge
-    from collab_jax.io.tokenizer import load_tokenizer
-
-    theirs = load_tokenizer(drafter.path)
-    unknown = theirs.unk_token_id
     try:
-        found = bridge(
-            load_tokenizer(target.path),
-            theirs,
-            vocab=target.config.vocab,
-            member_vocab=drafter.config.vocab,
-            # what cannot be spelled is misread, and only makes a worse draft
-            fallback=0 if unknown is None else unknown,
-        )
+        found = drafter.bridge_from(target)
     except ValueError as error:
         raise ValueError(
             f"{source} cannot draft for a model of another tokenizer: {error}; ngram, "

@@ -187,7 +187,7 @@ def _generate(
     from collab_jax.respond import from_decoder
 
     prompts = [question.prompt for question in questions]
-    check_run(opened, prompts, strategy.max_new_tokens, batch_size, strategy.beams)
+    check_run([opened], prompts, strategy.max_new_tokens, batch_size, strategy.beams)
     model = opened.load()
     decoder = strategy.decoder(model.lm, opened.codec)
     with progress("records", len(questions)) as advance:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from collab_jax.commands import drafting, options
+from collab_jax.commands import drafting, joining, options
 
 if TYPE_CHECKING:
     from collab_jax.decoder import Decoder
-    from collab_jax.respond import Codec
+    from collab_jax.respond import Codec, Own
 
 
-@click.command()
-@options.source
+@click.command(cls=joining.ListsCommand)
+@click.argument("source", required=False)
 @click.option(
     "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated."
 )
@@ -50,6 +50,13 @@ if TYPE_CHECKING:
     metavar="X",
     help="Beams are ranked by log-prob / length ** X.",
 )
+@joining.ensemble
+@joining.weights
+@joining.bridge
+@joining.contrast
+@joining.proxy
+@joining.context
+@joining.strength
 @drafting.draft
 @drafting.draft_length
 @drafting.verify
@@ -58,7 +65,7 @@ if TYPE_CHECKING:
 @click.option("--stream", is_flag=True, help="Print each token as it comes.")
 @options.as_json
 def generate(
-    source: str,
+    source: str | None,
     prompts: tuple[str, ...],
     input_file: str | None,
     output: str | None,
@@ -73,6 +80,13 @@ def generate(
     seed: int,
     beams: int,
     length_penalty: float,
+    ensemble: tuple[str, ...],
+    weights: tuple[float, ...],
+    bridge: str | None,
+    contrast: str | None,
+    proxy: tuple[str, str] | None,
+    context: str | None,
+    strength: float | None,
     draft: str | None,
     draft_length: int | None,
     verify: str | None,
@@ -89,6 +103,12 @@ def generate(
     collab-jax generate gemma-3-270m --prompt Once --temperature 0.8 --top-p 0.95
     collab-jax generate gemma-3-270m --input prompts.jsonl --output out.jsonl
     collab-jax generate gemma-3-270m --prompt "1 2 3 1 2 3" --draft ngram
+    collab-jax generate --ensemble gemma-3-270m smollm2-135m-instruct --prompt Once
+    collab-jax generate smollm2-135m-instruct --context "Cats bark." --prompt "Cats"
+
+    Members of an ensemble may have different tokenizers; each reads prompts in its own
+    tokens, and with --chat in its own template. What --ensemble, --contrast, --proxy
+    and --context make is one model for all other options, --draft and --beams too.
 
     With --json, stdout is a list of objects with "prompt", "prompt_tokens", "tokens"
     and "text"; with --draft also "calls" of the model, "drafted" and "accepted" tokens.
@@ -97,6 +117,9 @@ def generate(
     _agree(prompts, input_file, output, stream, as_json, beams, sampling, stops)
     greedy = sampling.warps() is None
     drafting.check_flags(draft, draft_length, verify, beams, greedy)
+    kind = joining.check_flags(
+        source, ensemble, weights, bridge, contrast, proxy, context, strength
+    )
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     from collab_jax import records
@@ -108,15 +131,30 @@ def generate(
         lines = records.read(input_file, ["prompt"], _with_text)
         texts = [line["prompt"] for line in lines]
 
+    from collab_jax.commands import members
     from collab_jax.commands.opening import open_source
 
-    opened = open_source(source, dtype, chat=chat, system=system)
+    names = [*([source] if source else []), *ensemble, *(proxy or ())]
+    names += [contrast] if contrast else []
+    sources = [open_source(name, dtype, chat=chat, system=system) for name in names]
+    join = None
+    if kind is not None:
+        join = members.open_join(
+            kind, names, sources, texts,
+            weights=weights, bridge=bridge, strength=strength, context=context,
+        )  # fmt: skip
     drafter = None
     if draft is not None:
-        drafter = drafting.open_drafter(draft, draft_length, verify, opened, dtype)
+        drafter = drafting.open_drafter(
+            draft, draft_length, verify, sources[0], dtype, chat=chat, system=system
+        )
+        if join is not None:
+            members.check_drafter(join, drafter)
     settings = {
         "source": source,
-        "model": opened.fingerprint(),
+        "model": sources[0].fingerprint(),
+        **({} if join is None else join.told() | {"weights": weights}),
+        **({} if strength is None else {"strength": strength}),
         "dtype": dtype,
         "chat": chat,
         "system": system,
@@ -138,24 +176,35 @@ def generate(
 
     results: dict[int, dict[str, Any]] = {}
     if todo:
+        from collab_jax.combine import prefixed
         from collab_jax.commands.strategy import Strategy, check_run, row_keys
 
         chosen = [texts[i] for i in todo]
-        check_run(opened, chosen, max_new_tokens, batch_size, beams, drafter)
+        each = sources if join is None else join.members()
+        rooms = None if join is None else join.rooms()
+        check_run(each, chosen, max_new_tokens, batch_size, beams, drafter, rooms)
         strategy = Strategy(
             sampling, max_new_tokens, stops, beams, length_penalty, drafter
         )
-        model = opened.load()
-        params, small = model.params, None
+        models = [opened.load() for opened in sources]
+        own: Own | None = None
+        codec, params, lm = sources[0].codec, models[0].params, models[0].lm
+        if join is not None:
+            codec, params, lm = join.codec(), join.params(models), join.lm(models)
+            own = members.own(join, drafter) if join.own else None
+        small = None
         if drafter is not None:
             small = drafter.opened.load() if drafter.opened else None
             params = params, () if small is None else small.params
-        decoder = strategy.decoder(model.lm, opened.codec, small and small.lm)
+        drafting_lm = None if small is None else small.lm
+        if small is not None and own is not None:
+            drafting_lm = prefixed(small.lm)
+        decoder = strategy.decoder(lm, codec, drafting_lm)
         keys = row_keys(seed, todo)
         if stream:
             from collab_jax.commands.stream import print_streams
 
-            print_streams(opened.codec, params, decoder, chosen, stops, keys)
+            print_streams(codec, params, decoder, chosen, stops, keys, own)
             return
 
         def keep(number: int, record: dict[str, Any]) -> None:
@@ -164,7 +213,7 @@ def generate(
             if journal is not None:
                 journal.append([{"index": index, **results[index]}])
 
-        _answer(opened.codec, params, decoder, chosen, stops, keys, batch_size, keep)
+        _answer(codec, params, decoder, chosen, stops, keys, batch_size, keep, own)
         if drafter is not None:
             click.echo(drafting.told(list(results.values())), err=True)
     if journal is not None:
@@ -227,6 +276,7 @@ def _answer(
     keys: Any,
     batch_size: int,
     keep: Callable[[int, dict[str, Any]], None],
+    own: "Own | None",
 ) -> None:
     """Decodes all texts in batches, and says how fast."""
     from collab_jax.commands.progress import progress
@@ -255,8 +305,9 @@ def _answer(
             advance()
 
         ask = from_decoder(
-            decoder, params, codec, stops=stops, batch_size=batch_size, report=report
-        )
+            decoder, params, codec, stops=stops, batch_size=batch_size, report=report,
+            own=own,
+        )  # fmt: skip
         cost = sum((reply.cost for reply in ask(texts, keys)), Cost())
     speed = cost.generated_tokens / cost.seconds
     click.echo(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collab_jax.io.load import Model
     from collab_jax.models.config import Config
     from collab_jax.respond import Codec
+    from collab_jax.translate import Bridge
 
 
 class Opened(NamedTuple):
@@ -32,6 +33,34 @@ class Opened(NamedTuple):
             if file.is_file()
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def same_tokens(self, other: "Opened") -> bool:
+        """Whether a token means the same to both models."""
+        if self.config.vocab != other.config.vocab:
+            return False
+        assert self.codec.spelling is not None
+        assert other.codec.spelling is not None
+        return self.codec.spelling() == other.codec.spelling()
+
+    def bridge_from(self, pivot: "Opened") -> "Bridge":
+        """How this model spells the tokens of another, which the text is in.
+
+        Raises:
+          ValueError: for tokenizers without a common token.
+        """
+        from collab_jax.io.bridge import bridge
+        from collab_jax.io.tokenizer import load_tokenizer
+
+        own = load_tokenizer(self.path)
+        unknown = own.unk_token_id
+        return bridge(
+            load_tokenizer(pivot.path),
+            own,
+            vocab=pivot.config.vocab,
+            member_vocab=self.config.vocab,
+            # what cannot be spelled is misread; it only makes a worse draft or member
+            fallback=0 if unknown is None else unknown,
+        )
 
     def plan(self, rows: int, capacity: int, wide: int, read: int) -> "Plan":
         """What a run of so many rows and slots needs of the memory."""

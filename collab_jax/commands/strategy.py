@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -68,14 +69,25 @@ def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
 
 
 def check_run(
-    opened: Opened,
+    members: Sequence[Opened],
     texts: Sequence[str],
     new: int,
     batch_size: int,
     beams: int,
     drafter: Drafter | None = None,
+    rooms: Sequence[float] | None = None,
 ) -> None:
     """Refuses what cannot run, before the parameters are read; prints the plan.
+
+    Args:
+      members: the models that speak as one, or one of them, with what encodes their
+        prompts; one that stands there twice is loaded once.
+      texts: the prompts.
+      new: tokens of a reply, at most.
+      batch_size: texts that run together.
+      beams: of each.
+      drafter: what drafts.
+      rooms: slots of each member for a token of the text; None for one.
 
     >>> from pathlib import Path
     >>> from collab_jax.models.config import from_hf
@@ -84,23 +96,33 @@ def check_run(
     ...     "max_position_embeddings": 8})
     >>> letters = Codec(lambda texts: [[*map(ord, t)] for t in texts], str)
     >>> opened = Opened(Path(), config, letters, None, lambda: None)
-    >>> check_run(opened, ["abc"], new=5, batch_size=1, beams=1)
-    >>> check_run(opened, ["abcd"], new=5, batch_size=1, beams=1)
+    >>> check_run([opened], ["abc"], new=5, batch_size=1, beams=1)
+    >>> check_run([opened], ["abcd"], new=5, batch_size=1, beams=1)
     Traceback (most recent call last):
     ValueError: text 1 has 4 tokens, and with 5 new ones exceeds the model's 8...
     """
-    tokens = opened.codec.encode(texts)
-    check_lengths(tokens, opened.config, new)
-    first = batches([len(ids) for ids in tokens], batch_size)[0]
-    rows, capacity = first.size * beams, first.width + new
     drafted = 0 if drafter is None else drafter.length
-    capacity, wide = capacity + drafted, min(first.width, 128)
-    needs = opened.plan(rows, capacity, wide=wide, read=1 + drafted)
+    tokens = [opened.codec.encode(texts) for opened in members]
+    for each, opened in zip(tokens, members, strict=True):
+        check_lengths(each, opened.config, new)
+    longest = [max(map(len, prompts)) for prompts in zip(*tokens, strict=True)]
+    first = batches(longest, batch_size)[0]
+    rows, capacity = first.size * beams, first.width + new + drafted
+    models = [*zip(members, rooms or [1.0] * len(members), strict=True)]
     if drafter is not None and drafter.opened is not None:
-        room = capacity if drafter.bridge is None else math.ceil(ROOM * capacity)
-        check_lengths(tokens, drafter.opened.config, new)
-        also = drafter.opened.plan(rows, room, wide=wide, read=1 + drafted)
-        needs = Plan(*(a + b for a, b in zip(needs, also, strict=True)))
+        check_lengths(tokens[0], drafter.opened.config, new)
+        models.append((drafter.opened, 1.0 if drafter.bridge is None else ROOM))
+    needs, known = Plan(0, 0, 0, 0), set[Path]()
+    for opened, room in models:
+        own = opened.plan(
+            rows,
+            math.ceil(room * capacity),
+            wide=min(first.width, 128),
+            read=1 + drafted,
+        )
+        own = own._replace(params=0) if opened.path in known else own
+        needs = Plan(*(a + b for a, b in zip(needs, own, strict=True)))
+        known.add(opened.path)
     if beams > 1:  # beams move by copying the cache
         needs = needs._replace(cache=2 * needs.cache)
     check(needs)

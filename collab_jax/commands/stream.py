@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from collab_jax.decoder import Decoder, pad, streaming
-from collab_jax.respond import Codec, bucket
+from collab_jax.decoder import Decoder, streaming
+from collab_jax.respond import Codec, Own, bucket, feed, read
 from collab_jax.stop import trim
 
 
@@ -28,6 +28,7 @@ def print_streams(
     texts: Sequence[str],
     stops: Sequence[str],
     keys: Any,
+    own: Own | None = None,
 ) -> None:
     """Prints each text as it grows, one after the other.
 
@@ -47,9 +48,10 @@ def print_streams(
     for number, text in enumerate(texts):
         if len(texts) > 1:
             click.echo(heading(number, len(texts), text))
-        (ids,) = codec.encode([text])
-        prompt, length = pad([ids], bucket(len(ids)))
-        new = steps(None, params, prompt, length, keys[number : number + 1])
+        prompts = read(codec, own, [text])
+        width = bucket(max(len(rows[0]) for rows in prompts))
+        fed = feed(own, params, prompts, width)
+        new = steps(None, *fed, keys[number : number + 1])
         for piece in pieces((row[0] for row in new), codec, stops):
             click.echo(piece, nl=False)
         click.echo()
