@@ -43,8 +43,8 @@ class Finetuner(NamedTuple):
 
     init: Callable[[Params], Tuned]
     # (base, tuned, batch) -> (tuned, info); base is the frozen model under an adapter,
-    # and () where the model itself is trained
-    step: Callable[[Params, Tuned, Batch], tuple[Tuned, Info]]
+    # and () where the model itself is trained; a batch is what the loss reads
+    step: Callable[[Params, Tuned, Any], tuple[Tuned, Info]]
 
 
 def loss(
@@ -215,7 +215,7 @@ def finetuner(
 
 
 def descent(
-    objective: Callable[[Params, Params, Batch], jax.Array],
+    objective: Callable[[Params, Params, Any], jax.Array],
     optimizer: optax.GradientTransformation,
 ) -> Finetuner:
     """Gradient steps on any loss of trained parameters, frozen ones and a batch.
@@ -246,7 +246,7 @@ def descent(
 def fit(
     tuner: Finetuner,
     params: Params,
-    data: Batch,
+    data: Any,
     *,
     base: Params = (),
     batch_size: int = 4,
@@ -260,7 +260,7 @@ def fit(
     Args:
       tuner: from `finetuner`.
       params: where to start, left as they are: of the model, or of the adapter.
-      data: rows `[N, T]` from `pack` or `rows`.
+      data: rows `[N, T]` from `pack` or `rows`, or whatever else the tuner reads.
       base: the frozen model where an adapter is trained.
       batch_size: B.
       epochs: how often each row is seen.

@@ -80,11 +80,12 @@ def rows(
     return _batch([t[:length] for t in texts], [w[:length] for w in weights], length)
 
 
-def batches(data: Batch, size: int, seed: int, epochs: int = 1) -> Iterator[Batch]:
+def batches(data: Any, size: int, seed: int, epochs: int = 1) -> Iterator[Any]:
     """Shuffled batches of whole rows, each epoch in another order given by the seed.
 
     Args:
-      data: rows `[N, T]` from `pack` or `rows`.
+      data: rows `[N, T]` from `pack` or `rows`, or another NamedTuple of arrays `[N,
+        ...]`, of which `tokens` is one.
       size: B; the rows left over at an epoch's end are filled with weight 0.
       seed: of the order.
       epochs: how often each row is seen.
@@ -97,8 +98,13 @@ def batches(data: Batch, size: int, seed: int, epochs: int = 1) -> Iterator[Batc
         order = np.random.default_rng((seed, epoch)).permutation(len(data.tokens))
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            fill = ((0, size - len(chosen)), (0, 0))
-            yield Batch(*(np.pad(leaf[chosen], fill) for leaf in data))
+            fill = (0, size - len(chosen))
+            yield type(data)(
+                *(
+                    np.pad(leaf[chosen], (fill, *((0, 0),) * (leaf.ndim - 1)))
+                    for leaf in data
+                )
+            )
 
 
 def _flat(texts, length, weights) -> tuple[list[int], list[float]]:

@@ -27,8 +27,8 @@ def positions(length: jax.Array, count: int) -> jax.Array:
 def ancestors(parents: jax.Array) -> jax.Array:
     """Which nodes lie on the root path of which node, the node itself included.
 
-    The reflexive transitive closure of the parent relation, by squaring the relation
-    about log2(N) times.
+    The reflexive transitive closure of the parent relation. What a node reaches doubles
+    in every pass: its own 2^i nearest, and those of the ancestor 2^i above.
 
     Args:
       parents: `[B, N]`, the parent of each node, smaller than the node's own index;
@@ -40,11 +40,14 @@ def ancestors(parents: jax.Array) -> jax.Array:
     >>> ancestors(jnp.array([[-1, 0, 0]]))[0].astype(int).tolist()
     [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
-    nodes = parents.shape[1]
-    index = jnp.arange(nodes)
-    reach = (index[:, None] == index) | (parents[:, :, None] == index)
-    for _ in range(max(1, math.ceil(math.log2(max(nodes, 2))))):
-        reach = jnp.any(reach[:, :, :, None] & reach[:, None, :, :], axis=2)
+    batch, nodes = parents.shape
+    rows = jnp.arange(batch)[:, None]
+    reach = jnp.broadcast_to(jnp.eye(nodes, dtype=bool), (batch, nodes, nodes))
+    above = parents  # the ancestor 2^i above
+    for _ in range(math.ceil(math.log2(max(nodes, 2)))):
+        exists, place = above >= 0, jnp.maximum(above, 0)
+        reach |= exists[:, :, None] & reach[rows, place]
+        above = jnp.where(exists, above[rows, place], -1)
     return reach
 
 
