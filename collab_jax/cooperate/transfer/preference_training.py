@@ -146,6 +146,8 @@ def _side_by_side(batch: Batch) -> tuple[jax.Array, jax.Array]:
             f"pairs of shape {tokens.shape}: [B, 2, T] is expected, the preferred text "
             "first"
         )
-    return tuple(
-        jnp.moveaxis(x, 1, 0).reshape(-1, x.shape[-1]) for x in (tokens, weights)
-    )
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 1, 0).reshape(-1, x.shape[-1])
+
+    return rows(tokens), rows(weights)
