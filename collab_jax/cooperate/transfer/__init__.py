@@ -10,5 +10,8 @@ first: the members stand in the order in which the method's formula names them.
   subtracted;
 - `offset`, `objectives`, `nudge`, `comblm`, `nearest` supply new knowledge: of a tuned
   small model, of several tuned models, or of a datastore;
+- `reward`, with models of `models.reward`, strengthens what a reward speaks for;
+  `reward_training` and `preference_training` make such rewards, `hanging` reads the
+  candidates;
 - `gate` lets the knobs of any pool depend on the laws.
 """
