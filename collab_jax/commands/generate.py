@@ -153,7 +153,7 @@ def generate(
     settings = {
         "source": source,
         "model": sources[0].fingerprint(),
-        **({} if join is None else join.told() | {"weights": weights}),
+        **({} if join is None else join.told()),
         **({} if strength is None else {"strength": strength}),
         "dtype": dtype,
         "chat": chat,
@@ -192,14 +192,13 @@ def generate(
         if join is not None:
             codec, params, lm = join.codec(), join.params(models), join.lm(models)
             own = members.own(join, drafter) if join.own else None
-        small = None
+        small, drafts = None, None
         if drafter is not None:
             small = drafter.opened.load() if drafter.opened else None
             params = params, () if small is None else small.params
-        drafting_lm = None if small is None else small.lm
-        if small is not None and own is not None:
-            drafting_lm = prefixed(small.lm)
-        decoder = strategy.decoder(lm, codec, drafting_lm)
+        if small is not None:
+            drafts = small.lm if own is None else prefixed(small.lm)
+        decoder = strategy.decoder(lm, codec, drafts)
         keys = row_keys(seed, todo)
         if stream:
             from collab_jax.commands.stream import print_streams

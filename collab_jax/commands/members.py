@@ -43,6 +43,7 @@ class Join(NamedTuple):
                 [name, opened.fingerprint()]
                 for name, opened in zip(self.names, self.opened, strict=True)
             ],
+            "weights": self.weights,
             "bridge": self.bridge,
             "context": self.context,
         }

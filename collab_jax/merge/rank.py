@@ -21,7 +21,7 @@ import numpy as np
 
 from collab_jax.merge import magnitude, pieces
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 18  # entries sorted at a time; less, and threads wait for each other
 
 
 def ranks(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -49,7 +49,7 @@ def _ranks(xs: Sequence[jax.Array], axis: int) -> list[tuple[jax.Array, Any]]:
             return _of_leaf(leaf, shape, axis)
 
         def unit(shape):
-            return math.prod(shape[_axis(shape, axis) % max(1, len(shape)) :])
+            return math.prod(_behind(shape, axis))
 
         found = pieces.on_host(values, compute, unit=unit)
         return [(row.astype(jnp.int32), count) for row, count in found]
@@ -67,10 +67,15 @@ def _axis(shape: tuple[int, ...], axis: int) -> int:
     return min(axis, len(shape) - 1) if axis >= 0 else axis
 
 
+def _behind(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The axis and what lies behind it: entries that are ranked together."""
+    shape = shape or (1,)
+    return shape[_axis(shape, axis) % len(shape) :]
+
+
 def _of_leaf(leaf, shape, axis):
     """The ranks of a leaf, or of any number of its rows along the axis."""
-    shape = shape or (1,)
-    rest = shape[_axis(shape, axis) % len(shape) :]
+    rest = _behind(shape, axis)
     rows = np.moveaxis(leaf.reshape(-1, *rest), 1, -1)
     found = np.ascontiguousarray(np.moveaxis(_by_numpy(rows), -1, 1))
     return pieces.Spread(found.reshape(-1)), np.int32(rest[0])
