@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from collab_jax import law, slots
 from collab_jax.decode import start
 from collab_jax.decoder import Decoder, DecodeState, Sequences
-from collab_jax.lm import LM
+from collab_jax.lm import LM, State
 from collab_jax.stop import Stop
 
 
@@ -298,7 +298,7 @@ def search(
         )
         parent = jnp.where(done[:, None], jnp.arange(beams), parent)
         if beams > 1:
-            inner = _move(lm, inner, parent)
+            inner = move(lm, inner, parent)
         calls = state.info + ~done
         done |= settled(running, ended)
         return DecodeState(
@@ -332,11 +332,22 @@ def search(
     return Decoder(init, step, finish)
 
 
-def _move(lm: LM, state, parent: jax.Array):
-    """Gathers the rows of the parents `[B, K]`; no copy where all of them stay.
+def move(lm: LM, state: State, parent: jax.Array) -> State:
+    """Gathers the rows of the parents; no copy where all of them stay.
 
     A loop of no or one trip: XLA on CPU copies the whole cache through a `cond` whose
     first branch is the identity, though nothing moves.
+
+    Args:
+      lm: any LM.
+      state: of B * K rows.
+      parent: `[B, K]`, the beam of the same row that each continues.
+
+    >>> from collab_jax.models import table
+    >>> lm, params = table.language_model(1), jnp.zeros((4, 3))
+    >>> _, state = lm.extend(params, lm.init(params, 2, 4), jnp.array([[1], [2]]))
+    >>> move(lm, state, jnp.array([[1, 1]])).tokens[:, 0].tolist()
+    [2, 2]
     """
     batch, beams = parent.shape
     rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
