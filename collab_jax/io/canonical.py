@@ -4,12 +4,12 @@ Random masks, rows and name filters of a merge see canonical leaves: so a tree i
 and the files it came from are merged alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from collab_jax.io.names import rules
+from collab_jax.io.names import Rule, rules
 from collab_jax.models.config import Config
 
 
@@ -33,7 +33,7 @@ def to_checkpoint(config: Config, params: Any) -> dict[str, Any]:
     >>> tensors["model.layers.0.mlp.up_proj.weight"].shape
     (8, 4)
     """
-    return dict(_tensors(config, params))
+    return dict(tensors_of(rules(config), params))
 
 
 def from_checkpoint(config: Config, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -114,21 +114,7 @@ def load_tree(config: Config, read: Callable[[str], np.ndarray]) -> dict[str, An
     >>> tree["layers_0"]["attention"]["k"]["kernel"].shape
     (4, 4)
     """
-    tree: dict[str, Any] = {}
-    for rule in rules(config):
-        tensors = [read(name) for name in rule.names]
-        for name, tensor, shape in zip(rule.names, tensors, rule.shapes, strict=True):
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"tensor {name} has shape {tensor.shape}, but config.json "
-                    f"implies {shape}"
-                )
-        for path, leaf in zip(rule.paths, rule.load(tensors), strict=True):
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = leaf
-    return tree
+    return tree_of(rules(config), read)
 
 
 def save_tree(config: Config, params: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -145,13 +131,63 @@ def save_tree(config: Config, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     >>> [name for name, _ in save_tree(config, tree)][:2]
     ['transformer.wte.weight', 'transformer.wpe.weight']
     """
-    return _tensors(config, params, np.asarray)
+    return tensors_of(rules(config), params, np.asarray)
 
 
-def _tensors(
-    config: Config, params: Any, read: Callable[[Any], Any] = lambda leaf: leaf
+def tree_of(found: Iterable[Rule], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """Builds a params tree by any rules, one after the other.
+
+    Args:
+      found: the bijection of a model.
+      read: canonical name -> tensor.
+
+    Returns:
+      A nested dict of what the rules make of the tensors.
+
+    Raises:
+      ValueError: where a tensor has another shape than the rules say.
+
+    >>> rule = Rule((("a", "b"),), ("x",), ((2,),), list, list)
+    >>> tree_of([rule], lambda name: np.zeros(2))
+    {'a': {'b': array([0., 0.])}}
+    """
+    tree: dict[str, Any] = {}
+    for rule in found:
+        tensors = [read(name) for name in rule.names]
+        for name, tensor, shape in zip(rule.names, tensors, rule.shapes, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"tensor {name} has shape {tensor.shape}, but config.json "
+                    f"implies {shape}"
+                )
+        for path, leaf in zip(rule.paths, rule.load(tensors), strict=True):
+            node = tree
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = leaf
+    return tree
+
+
+def tensors_of(
+    found: Iterable[Rule],
+    params: Any,
+    read: Callable[[Any], Any] = lambda leaf: leaf,
 ) -> Iterator[tuple[str, Any]]:
-    for rule in rules(config):
+    """Yields the tensors of a checkpoint by any rules, one after the other.
+
+    Args:
+      found: the bijection of a model.
+      params: a nested dict of arrays.
+      read: what is done with each leaf first.
+
+    Raises:
+      KeyError: where the tree lacks a leaf.
+
+    >>> rule = Rule((("a", "b"),), ("x",), ((2,),), list, list)
+    >>> [*tensors_of([rule], {"a": {"b": np.zeros(2)}})]
+    [('x', array([0., 0.]))]
+    """
+    for rule in found:
         leaves = []
         for path in rule.paths:
             node = params
