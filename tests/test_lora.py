@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax import combine, pool, tree
+from collab_jax import combine, decode, pool, tree
 from collab_jax.lm import language_model
 from collab_jax.models import lora, transformer
 from collab_jax.models.config import from_hf
@@ -106,6 +106,47 @@ def test_experts_over_one_base_in_one_decode():
     laws = [jax.nn.log_softmax(logits(lm, (PARAMS, a))) for a in adapters]
     want = jax.nn.log_softmax(0.4 * laws[0] + 0.6 * laws[1])
     np.testing.assert_allclose(jax.nn.log_softmax(got), want, atol=2e-5)
+
+
+def test_tokens_of_experts_over_one_base_are_those_of_the_loop():
+    """Greedy, sampled and speculative; an adapter in another place is seen."""
+    adapters = [random_adapter(s) for s in (6, 7, 9)]
+    lm, pooled = lora.adapted(LM, 0.5), pool.mixture(0.2, 0.5, 0.3)
+    both = combine.stacked(lm, 3, pooled, axes=(None, 0))
+    loop = combine.product([lm] * 3, pooled)
+    own = PARAMS, tree.stack(adapters)
+    each = tuple((PARAMS, adapter) for adapter in adapters)
+    prompts = decode.pad([[1], [2, 3, 4, 5], [6, 7]])
+    key = jax.random.key(3)
+    for make in (decode.greedy, decode.sample):
+        mine = decode.run(make(both, 8), own, *prompts, key)
+        theirs = decode.run(make(loop, 8), each, *prompts, key)
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_allclose(mine.scores, theirs.scores, rtol=1e-4)
+    turned = PARAMS, tree.stack(adapters[::-1])
+    other = decode.run(decode.sample(both, 8), turned, *prompts, key)
+    assert (other.tokens != mine.tokens).any()
+
+
+def test_the_base_is_not_stacked():
+    """No array of the program holds a kernel of the base once for every expert."""
+
+    def program(lm, params):
+        def read(params):
+            return lm.extend(params, lm.init(params, 2, 7), TOKENS)[0].logits
+
+        return str(jax.make_jaxpr(read)(params))
+
+    adapters = tree.stack([random_adapter(s) for s in (6, 7, 9)])
+    shared = combine.stacked(lora.adapted(LM, 0.5), 3, pool.mixture(), axes=(None, 0))
+    copied = combine.stacked(LM, 3, pool.mixture())
+    found = program(shared, (PARAMS, adapters))
+    other = program(copied, tree.stack([PARAMS] * 3))
+    for size_in, size_out in {
+        leaf.shape for leaf in tree.select(PARAMS, lora.LINEAR).values()
+    }:
+        assert f"[3,{size_in},{size_out}]" not in found
+        assert f"[3,{size_in},{size_out}]" in other
 
 
 def test_all_six_verbs_run_on_the_adapted_parameters():
