@@ -175,7 +175,7 @@ def test_tokens_that_write_the_same_and_tokens_that_write_nothing():
     found = decode.run(decoder, (params,), *decode.pad([[0]]), KEY)
     assert found.tokens[0].tolist() == [0, 97, 97, 97]
     np.testing.assert_allclose(np.exp(found.info.logprob[0, 1:]), 0.5, rtol=1e-5)
-    assert END not in found.tokens
+    assert END not in found.tokens[0]
 
 
 def test_a_member_that_cannot_write_a_byte_drops_out():

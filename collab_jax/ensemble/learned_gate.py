@@ -88,7 +88,7 @@ def record(
         known = start + 1 + jnp.arange(chunk) < length[:, None]
         weights = known.reshape(-1).astype(jnp.float32)
         flat = states.reshape(-1, states.shape[-1]).astype(jnp.float32)
-        return Recorded(flat, *said, jnp.stack(best, -1), weights), after
+        return Recorded(flat, said[0], said[1], jnp.stack(best, -1), weights), after
 
     states = [
         lm.init(own, batch, total) for lm, own in zip(members, params, strict=True)
