@@ -29,6 +29,9 @@ def written(lists):
     ]
 
 
+small = functools.cache(voc.small)  # the same weights for the same size and seed
+
+
 def members(kind, lists=WORDS, seed=0):
     """The LMs, and their parameters with a prompt for every row."""
     if kind == "table":
@@ -39,7 +42,7 @@ def members(kind, lists=WORDS, seed=0):
         ]
     else:
         plain, trees = zip(
-            *(voc.small(len(words), n + seed) for n, words in enumerate(lists)),
+            *(small(len(words), n + seed) for n, words in enumerate(lists)),
             strict=True,
         )
     prompts = [decode.pad([[v % 4 for v in p] for p in own]) for own in PROMPTS]
@@ -58,7 +61,7 @@ def readers(kind, row, lists=WORDS, seed=0):
             text = [*prompt, *tokens]
             if kind == "table":
                 return log_softmax(voc.table_logits(tree, ORDERS[n], text))
-            plain = voc.small(len(lists[n]), n + seed)[0]
+            plain = small(len(lists[n]), n + seed)[0]
             return log_softmax(last(plain, tree, tuple(text), n))
 
         found.append(functools.cache(read))

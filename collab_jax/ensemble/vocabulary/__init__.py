@@ -13,4 +13,8 @@ and its law then has to be brought from its own tokens to those of the text:
   whose output embeddings lie near, for `eva`;
 - `relative` (DeePEn) pools in a space of similarities to tokens that all have;
 - `perplexity` (PackLLM) weighs the members by how well they read the prompt.
+
+Or no text's tokens are shared, and members meet in the bytes that theirs write
+(`symbols`): `agreement` is beam search for strings on which all agree, `bytewise` draws
+from their laws of the next byte.
 """
