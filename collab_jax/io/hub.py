@@ -20,7 +20,8 @@ from filelock import FileLock
 from collab_jax.io import wheels
 from collab_jax.io.wheels import MODELS
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
+_WANTED += ["LICENSE*"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 

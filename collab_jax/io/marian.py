@@ -98,7 +98,8 @@ def _tokenizer(folder: Path) -> Any:
         import sentencepiece  # noqa: F401
     except ImportError:
         raise ImportError(
-            f"the tokenizer in {folder} needs sentencepiece: pip install sentencepiece"
+            f"the tokenizer in {folder} needs sentencepiece: pip install "
+            "'collab-jax[translation]'"
         ) from None
     from transformers import MarianTokenizer  # it takes seconds to import
 

@@ -10,6 +10,11 @@ than their short side squared; to leave them out, merge them by `mean`:
 
 Directions without a delta in them stay so: see `polar`.
 
+Memory: the buffers of a merge are those of 2 N + 6 leaves at most. LAPACK works beside
+them, on CPUs, on twice the matrix that it factors: k^2 entries, and for
+`remove_interference`, which looks at all experts together, min(n, N m)^2. With three
+experts and n = 3 m that is six leaves, and 16 in all.
+
 Shapes: N experts, S the shape of a leaf, m rows, n columns, k the smaller of them.
 `tau_i` is the weighted delta `w_i delta_i`.
 """
