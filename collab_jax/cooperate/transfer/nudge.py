@@ -18,8 +18,8 @@ def nudging(gamma) -> Pool:
     The base's law where `max p_0 >= gamma`, else the small model's: the rule of Chow's
     cascade (`efficient.cascade.chow`), with the large model asked first.
 
-    The paper lets the small model finish its word, because there the models need not
-    share a vocabulary; over one vocabulary the decision is made anew at every token.
+    The decision is made anew at every token; `nudge_words` lets the small model finish
+    its word, as the paper does.
 
     Args:
       gamma: probability in [0, 1] below which the base is nudged; 0 is the base.
