@@ -10,6 +10,7 @@ from collab_jax.cooperate.transfer import (
     nudge,
     objectives,
     offset,
+    reward,
 )
 
 INF = np.inf
@@ -28,6 +29,7 @@ FORMS = {
     "mod": (3, lambda w: objectives.mod(w, 0.3, 0.7 - w)),
     "harmonic": (3, lambda w: objectives.power_mean(-1, w, 0.1, 0.9 - w)),
     "root": (3, lambda w: objectives.power_mean(0.5, w, 0.1, 0.9 - w)),
+    "genarm": (3, lambda w: reward.genarm(w, 0.5)),
     "nudging": (2, lambda w: nudge.nudging(0.5 * w)),
 }
 
@@ -102,6 +104,8 @@ def twin(name, w, z):
         return product_of_experts((1 - w, w), laws)
     if name == "mod":
         return product_of_experts((w, 0.3, 0.7 - w), laws)
+    if name == "genarm":
+        return product_of_experts((1, w, 0.5), laws)
     if name in ("harmonic", "root"):
         return power(-1 if name == "harmonic" else 0.5, (w, 0.1, 0.9 - w), laws)
     return laws[0] if np.exp(laws[0]).max() >= 0.5 * w else laws[1]

@@ -16,6 +16,7 @@ from collab_jax.cooperate.transfer import (
     nudge,
     objectives,
     offset,
+    reward,
 )
 
 NO_SLOPE = {"dola", "nudging"}  # the knob decides
@@ -139,6 +140,13 @@ IDENTITIES = {
     "power mean of 1": (
         objectives.power_mean(1, 0.3, 0.7), [A, B], pool.mixture(0.3, 0.7)([A, B]),
     ),
+    "genarm of 0": (reward.genarm(0.0), [A, B], A),
+    "genarm without a preference": (reward.genarm(2.0), [A, jnp.zeros_like(A)], A),
+    "genarm is emulated tuning over an even reference": (
+        reward.genarm(0.7),
+        [A, B],
+        offset.emulated(0.7)([A, B, jnp.zeros_like(A)]),
+    ),
     "nudging of 0": (nudge.nudging(0), [A, B], A),
     "nudging of 1": (nudge.nudging(1), [A, B], B),
 }  # fmt: skip
@@ -185,6 +193,7 @@ WRONG = {
     "sled": lambda w: layers.sled(-w, 3),  # a step away from the latent law
     "proxy tuning": lambda w: pool.linear(1, w, w),
     "emulated": lambda w: pool.linear(1, w, 0.5, -w, -0.5),  # pairs in another order
+    "genarm": lambda w: pool.linear(1 - w - 0.5, w, 0.5),  # a mean, as of equals
     "nudging": lambda w: lambda z: nudge.nudging(0.5 * w)(z[::-1]),
 }
 
@@ -219,6 +228,8 @@ def test_a_wrong_form_is_seen(name):
         (lambda: layers.sled()([A]), "an early layer"),
         (lambda: offset.emulated(), "without weights"),
         (lambda: offset.emulated(1)([A, B]), "3 members"),
+        (lambda: reward.genarm(), "without weights"),
+        (lambda: reward.genarm(1.0)([A]), "2 weights for 1 members"),
         (lambda: objectives.mod(0.5, 0.6), "of sum 1.1"),
         (lambda: objectives.power_mean(0, 0.5, 0.5), "exponent = 0"),
         (lambda: objectives.power_mean(1, 1.5, -0.5), "at least 0"),
