@@ -47,9 +47,9 @@ def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
         del before
         # what is said inside of the span is not read, and so not computed
         _, state = values.extend(params, state, span.tokens)
-        state = values.rewind(state, span.tokens.shape[1] - span.count)
+        state = values.rewind(state, span.tokens.shape[1] - span.grown)
         out, state = values.extend(params, state, span.last()[:, None])
-        state = values.rewind(state, jnp.ones_like(span.count))
+        state = values.rewind(state, jnp.ones_like(span.grown))
         return judge(out.logits[:, 0]), state
 
     return Grader(init, grade, values.take)
@@ -81,9 +81,9 @@ def summed(scores: LM, chunk: int = 128) -> Grader:
     ) -> tuple[jax.Array, State]:
         given, new = span.tokens[:, :-1], span.tokens[:, 1:]
         out, state = scores.extend(params, state, given)
-        state = scores.rewind(state, new.shape[1] - span.count)
+        state = scores.rewind(state, new.shape[1] - span.grown)
         found = jnp.take_along_axis(out.logits, new[:, :, None], axis=2)[:, :, 0]
-        counted = jnp.arange(new.shape[1]) < span.count[:, None]
+        counted = jnp.arange(new.shape[1]) < span.grown[:, None]
         return before + jnp.where(counted, found, 0.0).sum(1), state
 
     return Grader(init, grade, scores.take)

@@ -29,8 +29,8 @@ class Span(NamedTuple):
     """What the lanes have grown in a step."""
 
     tokens: jax.Array  # [R, 1 + L] int32, the token before and the new ones
-    logprob: jax.Array  # [R, L] in the base's law, 0 behind `count`
-    count: jax.Array  # [R] int32, new tokens
+    logprob: jax.Array  # [R, L] in the base's law, 0 behind `grown`
+    grown: jax.Array  # [R] int32, new tokens
 
     def last(self) -> jax.Array:
         """The last token of each lane, `[R]`.
@@ -39,7 +39,7 @@ class Span(NamedTuple):
         >>> span.last().tolist()
         [9]
         """
-        return jnp.take_along_axis(self.tokens, self.count[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(self.tokens, self.grown[:, None], axis=1)[:, 0]
 
 
 class Grader(NamedTuple):
