@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from collab_jax import law
+from collab_jax import law, slots
 from collab_jax.decoder import (
     Decoder,
     DecodeState,
@@ -110,9 +110,8 @@ def append(
     ...        jnp.array([True, False])).tolist()
     [[0, 5], [0, 0]]
     """
-    rows = jnp.arange(tokens.shape[0])
     slot = jnp.where(where, length, tokens.shape[1])  # out of the buffer: dropped
-    return tokens.at[rows, slot].set(token, mode="drop", unique_indices=True)
+    return slots.write(tokens, token[:, None], slot)
 
 
 def sample(
@@ -207,14 +206,13 @@ def _plain(lm, max_new_tokens, eos, stop, chunk, choose) -> Decoder:
         )
 
     def step(params, state):
-        rows = jnp.arange(state.length.shape[0])
-        last = state.tokens[rows, state.length - 1]
+        last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, 1)[:, 0]
         out, inner = lm.extend(params, state.lm, last[:, None])
         inner = lm.rewind(inner, state.done.astype(jnp.int32))
         logits = out.logits[:, 0]
         token = choose(logits, state.key, state.length)
         live = ~state.done
-        logprob = law.log_probs(logits)[rows, token]
+        logprob = jnp.take_along_axis(law.log_probs(logits), token[:, None], 1)[:, 0]
         own, info = state.own, state.info
         info = Info(
             info.calls + live,

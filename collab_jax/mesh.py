@@ -6,13 +6,15 @@ nothing else in the library knows them. Under `jax.jit`, the compiler shards cac
 activations after the parameters and prompts that it is given.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from collab_jax import tree
 
@@ -48,15 +50,19 @@ def make_mesh(**axes: int) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def tensor_parallel(axis: str) -> Rules:
-    """The table of a decoder transformer split over one mesh axis, as Megatron does.
+def tensor_parallel(axis: str, keys: bool = True) -> Rules:
+    """The table of a transformer split over one mesh axis, as Megatron does.
 
     Queries, keys, values and the first MLP matrices are split by columns, the matrices
-    behind them by rows, experts by expert, embedding and head by vocabulary; norms are
-    whole everywhere.
+    behind them by rows, experts inside like any MLP, embeddings and head by vocabulary;
+    norms are whole everywhere. So a layer needs two sums over the devices, one behind
+    attention and one behind the MLP. It is meant for decoders, encoders, translators,
+    and adapters over them.
 
     Args:
       axis: name of the mesh axis.
+      keys: whether keys and values are split too; they must not be where a model has
+        fewer heads of them than there are devices, see `for_model`.
 
     Source: arXiv 1909.08053.
 
@@ -64,17 +70,52 @@ def tensor_parallel(axis: str) -> Rules:
     (None, 'model')
     """
     columns, rows = PartitionSpec(None, axis), PartitionSpec(axis, None)
+    read = r".*/(attention|cross)/" + ("[qkv]" if keys else "q")
     return (
-        (r".*/attention/[qkv]/kernel", columns),
-        (r".*/attention/[qkv]/bias", PartitionSpec(axis)),
-        (r".*/attention/o/kernel", rows),
-        (r".*/mlp/experts/.*", PartitionSpec(axis)),
-        (r".*/mlp/(gate|up)/kernel", columns),
+        (f"{read}/kernel(/b)?", columns),
+        (f"{read}/bias", PartitionSpec(axis)),
+        (r".*/(attention|cross)/o/kernel(/a)?", rows),
+        (r".*/mlp/experts/(gate|up)", PartitionSpec(None, None, axis)),
+        (r".*/mlp/experts/down", PartitionSpec(None, axis, None)),
+        (r".*/mlp/(gate|up)/kernel(/b)?", columns),
         (r".*/mlp/(gate|up)/bias", PartitionSpec(axis)),
-        (r".*/mlp/down/kernel", rows),
-        (r"embed/embedding", rows),
+        (r".*/mlp/down/kernel(/a)?", rows),
+        (r"(text_)?embed/embedding", rows),
         (r"head/kernel", columns),
+        (r"logit_bias", PartitionSpec(axis)),
     )
+
+
+def for_model(config: Any, mesh: Mesh, axis: str) -> Rules:
+    """`tensor_parallel` for a model: heads are never cut.
+
+    Where a model has fewer heads of keys and values than the axis has devices, every
+    device holds all of them. A head that lay on two devices would be put together again
+    from the whole cache for every token.
+
+    Args:
+      config: what the model is made of; its `heads` and, if it has them, `kv_heads` are
+        read.
+      mesh: the devices.
+      axis: name of the mesh axis.
+
+    Raises:
+      ValueError: where the heads of queries cannot be split evenly.
+
+    >>> from collab_jax.models.config import from_hf
+    >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 64,
+    ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 16})
+    >>> rules = for_model(config, make_mesh(model=-1), "model")
+    >>> tuple(spec("layers_0/attention/k/kernel", rules))
+    (None, 'model')
+    """
+    size, heads = mesh.shape[axis], config.heads
+    if heads % size:
+        raise ValueError(
+            f"{heads} heads cannot be split over {size} devices of the axis {axis!r}: "
+            "give the axis a number of devices that divides them"
+        )
+    return tensor_parallel(axis, getattr(config, "kv_heads", heads) % size == 0)
 
 
 def stacked(rules: Rules, axis: str | None = None) -> Rules:
@@ -182,7 +223,38 @@ def shard(params: Any, mesh: Mesh, rules: Rules) -> Any:
     >>> shard({"norm": jnp.zeros(3)}, make_mesh(model=-1), ())["norm"].shape
     (3,)
     """
-    return jax.device_put(params, shardings(params, mesh, rules))
+    return place(params, shardings(params, mesh, rules))
+
+
+def place(arrays: Any, where: Any) -> Any:
+    """Arrays that every process holds, laid out over the devices of all of them.
+
+    Each process puts its own parts on its own devices, and sends nothing.
+
+    Args:
+      arrays: a tree of arrays, of NumPy or JAX, of the same values in every process.
+      where: a sharding, or a tree of them, for all leaves or those below it.
+
+    >>> import jax.numpy as jnp
+    >>> devices = make_mesh(data=-1)
+    >>> place([jnp.arange(8), jnp.ones((8, 2))], rows(devices, "data"))[1].shape
+    (8, 2)
+    """
+
+    def put(sharding: Sharding, leaf: Any) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(sharding, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: np.asarray(leaf[index])
+        )
+
+    def below(sharding: Sharding, tree: Any) -> Any:
+        return jax.tree.map(functools.partial(put, sharding), tree)
+
+    return jax.tree.map(below, where, arrays)
 
 
 def rows(mesh: Mesh, axis: str) -> NamedSharding:
@@ -196,3 +268,52 @@ def rows(mesh: Mesh, axis: str) -> NamedSharding:
     ('data',)
     """
     return NamedSharding(mesh, PartitionSpec(axis))
+
+
+def by_rows(run: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., Any]:
+    """A program whose rows are worked on apart: each part of a mesh axis has its own.
+
+    Rows never meet in any strategy here, but the compiler does not see that in all of
+    them: where beams are gathered, it would gather the caches of all rows. Under this,
+    nothing crosses the axis, and a part whose rows are done waits for nobody. Other
+    axes of the mesh are split as the parameters are.
+
+    Args:
+      run: of (params, *arrays with a leading axis of rows), e.g. prompts, lengths and
+        row keys, to a tree of such arrays. What is decided over a whole batch, such as
+        a budget of drafts, is decided in each part.
+      mesh: the devices.
+      axis: mesh axis that the rows lie on.
+
+    Returns:
+      The program, to be jitted.
+
+    Raises:
+      ValueError: when called, where the rows cannot be split evenly, or a result has no
+        axis of rows.
+
+    >>> import jax.numpy as jnp
+    >>> double = by_rows(lambda w, x: w * x, make_mesh(data=-1), "data")
+    >>> jax.jit(double)(2.0, jnp.arange(8.0)).tolist()
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+    """
+    size = mesh.shape[axis]
+
+    def split(params: Any, *arrays: Any) -> Any:
+        for leaf in jax.tree.leaves(arrays):
+            if leaf.ndim == 0 or leaf.shape[0] % size:
+                raise ValueError(
+                    f"an array of shape {leaf.shape} cannot be split by rows over "
+                    f"{size} devices: a multiple of them is expected"
+                )
+        rows = PartitionSpec(axis)
+        return jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *[rows] * len(arrays)),
+            out_specs=rows,
+            axis_names={axis},
+            check_vma=False,  # what loops carry has no rows in it at first
+        )(params, *arrays)
+
+    return split

@@ -109,7 +109,6 @@ def write(
     >>> write(jnp.zeros((2, 3), int), jnp.array([[7], [8]]), jnp.array([0, 2])).tolist()
     [[7, 0, 0], [0, 0, 8]]
     """
-    rows = jnp.arange(buffer.shape[0])[:, None]
     slot = positions(length, values.shape[1])
     if slot.size == 1:
         # XLA:CPU turns a scatter of one update into a dynamic-update-slice, fuses that
@@ -117,13 +116,16 @@ def write(
         # on jaxlib 0.10.2). A second update, which is dropped, keeps the scatter.
         slot = jnp.pad(slot, ((0, 0), (0, 1)), constant_values=buffer.shape[axis])
         values = jnp.pad(values, ((0, 0), (0, 1)) + ((0, 0),) * (values.ndim - 2))
-    index = (rows, slot) if axis == 1 else (rows, slice(None), slot)
-    return buffer.at[index].set(
-        values.astype(buffer.dtype),
-        mode="drop",
-        unique_indices=True,
-        indices_are_sorted=True,
-    )
+
+    def row(buffer, values, slot):
+        where = buffer.at[slot] if axis == 1 else buffer.at[:, slot]
+        values = values if axis == 1 else jnp.moveaxis(values, 0, 1)
+        return where.set(
+            values, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    # under vmap a scatter knows that its rows are independent: sharded rows stay apart
+    return jax.vmap(row)(buffer, values.astype(buffer.dtype), slot)
 
 
 def compact(

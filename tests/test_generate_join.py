@@ -97,6 +97,15 @@ def test_joins_that_change_nothing(tiny, other):
         assert tokens(generate(tiny, *flags, *FLAGS)) != tokens(plain)
 
 
+def test_a_join_is_searched_by_beams(tiny, other):
+    flags = *FLAGS, "--beams", 2
+    plain = generate(tiny, *flags)
+    given = tiny, "--ensemble", other, "--weights"
+    assert tokens(generate(*given, 1, 0, *flags)) == tokens(plain)
+    assert tokens(generate(*given, 0, 1, *flags)) == tokens(generate(other, *flags))
+    assert tokens(plain) != tokens(generate(other, *flags))
+
+
 def test_a_context_stands_before_the_prompt(tiny):
     flags = "--max-new-tokens", 10
     inside = generate(tiny, "--prompt", "dogs\n\nthe cat", *flags)

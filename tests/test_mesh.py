@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec
 
 from collab_jax import combine, decode, mesh, pool, score, warp
 from collab_jax.lm import language_model
-from collab_jax.models import attention
+from collab_jax.models import attention, encoder, encoder_config, marian
 from collab_jax.models.config import from_hf
+from collab_jax.models.marian_config import MarianConfig
 from collab_jax.models.transformer import init, transformer
 
 HF = {
@@ -105,6 +106,44 @@ def test_members_on_a_mesh_axis():
         return jax.device_put(x, everywhere)
 
     agree(both(lambda _: decode.greedy(ensemble, 6), ensemble, params, sharded, rows))
+
+
+def split(params, devices, rules):
+    """On the mesh; all but norms, biases and positions in eight parts."""
+    found = mesh.shard(params, devices, rules)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim > 1 and "positions" not in name and "types" not in name:
+            assert leaf.addressable_shards[0].data.size == leaf.size // 8, name
+    return found
+
+
+def test_an_encoder_on_many_devices():
+    raw = {"model_type": "bert", "vocab_size": 48, "hidden_size": 32}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 64}
+    raw["max_position_embeddings"] = 16
+    config = encoder_config.from_hf(raw)
+    params = encoder.init(jax.random.key(0), config)
+    devices = mesh.make_mesh(model=8)
+    sharded = split(params, devices, mesh.for_model(config, devices, "model"))
+    text = decode.pad(PROMPTS)
+    embed = jax.jit(encoder.encoder(config).embed_sentences)
+    np.testing.assert_allclose(embed(sharded, *text), embed(params, *text), atol=1e-6)
+
+
+def test_a_translator_on_many_devices():
+    config = MarianConfig(48, 48, 32, 2, 8, 64, 2, 8, 64, 32, 8, eos=(0,))
+    params = marian.init(jax.random.key(0), config)
+    params["logit_bias"] = jnp.linspace(-1.0, 1.0, 48)
+    devices = mesh.make_mesh(model=8)
+    sharded = split(params, devices, mesh.for_model(config, devices, "model"))
+    sources, text = decode.pad(PROMPTS), decode.pad([[8]] * len(PROMPTS))
+    run = decode.compile(lambda _: decode.greedy(marian.translator(config), 6))
+    one, many = (
+        run(None, (p, *sources), *text, jax.random.key(0)) for p in (params, sharded)
+    )
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+    np.testing.assert_allclose(one.scores, many.scores, rtol=1e-5)
 
 
 def test_a_split_that_does_not_fit_is_refused():

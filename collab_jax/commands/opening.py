@@ -95,7 +95,8 @@ def keep_programs() -> None:
 
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(hub.cache() / "programs"))
-        # a merge has many small programs, which together take seconds to compile
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # a command has many small programs, which together take seconds to compile
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

@@ -8,6 +8,7 @@ additions are slow, the threshold is built bit by bit from counts. All are exact
 drivers and devices agree.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,6 @@ def histogram(values: jax.Array, digit: Digit, prefix=None) -> jax.Array:
     >>> int(counts.max())
     2
     """
-    values = values.reshape(-1)
     bins = 1 << digit.width
     index = ((values >> digit.shift) & (bins - 1)).astype(jnp.int32)
     if prefix is not None:
@@ -277,21 +277,32 @@ def first(mask: jax.Array, count, block: int = 4096) -> jax.Array:
     Args:
       mask: `[*S]` bool.
       count: how many; may be a tracer.
-      block: entries that are counted together, before one block is looked into.
+      block: entries of a vector that are counted together.
 
     >>> first(jnp.array([True, False, True, True]), 2).tolist()
     [True, False, True, False]
     """
-    size = mask.size
-    flat = jnp.pad(mask.reshape(-1), (0, -size % block)).reshape(-1, block)
-    ends = jnp.cumsum(flat.sum(-1, dtype=jnp.int32))
-    row = jnp.minimum((ends < count).sum(), len(flat) - 1)  # the count is reached here
-    inner = jnp.cumsum(flat[row].astype(jnp.int32)) + jnp.where(
-        row > 0, ends[jnp.maximum(row - 1, 0)], 0
-    )
-    last = row * block + (inner < count).sum()  # position of the last that is kept
-    position = _positions(mask.shape)
-    return mask & (position <= last) & (count > 0)
+    return mask & (_positions(mask.shape) <= _reached(mask, count, block)) & (count > 0)
+
+
+def _reached(mask: jax.Array, count, block: int) -> jax.Array:
+    """The position of the entry at which the count is reached.
+
+    Axis by axis, so that a mask that lies on many devices stays where it is.
+    """
+    if mask.ndim == 0:
+        return jnp.int32(0)
+    if mask.ndim == 1:
+        if mask.size <= block:
+            return (jnp.cumsum(mask, dtype=jnp.int32) < count).sum(dtype=jnp.int32)
+        mask = jnp.pad(mask, (0, -mask.size % block)).reshape(-1, block)
+    ends = jnp.cumsum(mask.sum(range(1, mask.ndim), dtype=jnp.int32))
+    row = jnp.minimum((ends < count).sum(dtype=jnp.int32), len(mask) - 1)
+    before = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0)
+    stride = math.prod(mask.shape[1:])
+    # not mask[row]: a row of a mask on many devices would be cut from all of it
+    here = jnp.arange(len(mask)).reshape(-1, *(1,) * (mask.ndim - 1)) == row
+    return row * stride + _reached((mask & here).any(0), count - before, block)
 
 
 def _positions(shape: tuple[int, ...]) -> jax.Array:

@@ -78,8 +78,8 @@ def mix_dense(
     [[9.0]]
     """
     count = experts.gate.shape[0]
-    share = jnp.zeros((x.shape[0], count), weights.dtype)
-    share = share.at[jnp.arange(x.shape[0])[:, None], chosen].set(weights)
+    taken = chosen[:, :, None] == jnp.arange(count)
+    share = jnp.where(taken, weights[:, :, None], 0).sum(1)  # a token's experts differ
     share = share.T[:, :, None].astype(x.dtype)  # [E, N, 1]
     gate = jnp.einsum("nw,ewf->enf", x, experts.gate.astype(x.dtype))
     up = jnp.einsum("nw,ewf->enf", x, experts.up.astype(x.dtype))
