@@ -5,12 +5,18 @@ import os
 import tempfile
 
 import jax
+import jaxlib
 import pytest
 
-# Most of the work of small tests is compilation. LLVM's part of it is cut short; the
-# passes of XLA, which decide what is fused and what is copied, stay as they are.
-# `XLA_FLAGS= pytest` tests what users run, in twice the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the work of small tests is compilation. LLVM optimises nothing, and reads each
+# program in one piece. jaxlib 0.10 can write loops without MLIR, in less than half the
+# time; later versions cannot. XLA's own passes stay, but for a few copies: a test that
+# reads what was compiled takes `for_users` of tests/compiled.py.
+# `XLA_FLAGS= pytest` tests what users run, in more than twice the time.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jaxlib.__version__.startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # Eight devices, so that a mesh can be tested on any machine. It has to be said before
 # the first array is made; arrays that name no device still live on the first one.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import for_users
 
 from collab_jax.merge import spectral
 from collab_jax.merge.polar import product
@@ -26,7 +27,7 @@ def tensors(part, shape, count):
     lowered = jax.jit(
         lambda *rest: run(Leaf("a", *rest), (), np.dtype("float32"))
     ).lower(leaf, (leaf,) * count, (number,) * count, jax.random.key(0))
-    found = lowered.compile().memory_analysis()
+    found = for_users(lowered).memory_analysis()
     every = (
         found.temp_size_in_bytes,
         found.argument_size_in_bytes,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from compiled import for_users
 from speculation import PARAMS, PROMPTS, VERIFIERS, WARPED, copies, draws, new_tokens
 
 from collab_jax import decode
@@ -104,7 +105,8 @@ def test_the_cache_is_not_copied():
                 0, 8, lambda _, state: decoder.step(params, state), state
             )
 
-        text = jax.jit(run, donate_argnums=1).lower(params, state).compile().as_text()
+        lowered = jax.jit(run, donate_argnums=1).lower(params, state)
+        text = for_users(lowered).as_text()
         leaves = [x for x in jax.tree.leaves(state.lm) if x.ndim == 4]
         sizes = {",".join(map(str, x.shape)) for x in leaves}
         moved = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
