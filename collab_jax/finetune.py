@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from collab_jax import tree
 from collab_jax.lm import Backbone, Params
 from collab_jax.models import lora
 from collab_jax.packing import Batch, batches
@@ -232,6 +233,7 @@ def descent(
     """
 
     def init(params: Params) -> Tuned:
+        tree.refuse_packed(params, "trained")
         return Tuned(params, optimizer.init(params))
 
     def step(base: Params, tuned: Tuned, batch: Batch) -> tuple[Tuned, Info]:

@@ -135,3 +135,26 @@ def size(tree: Any) -> int:
     24
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def refuse_packed(tree: Any, what: str) -> None:
+    """Raises where a tree holds packed matrices, see `collab_jax.models.packed`.
+
+    Args:
+      tree: any tree.
+      what: is not to be done with them, for the error.
+
+    Raises:
+      ValueError: naming the first packed leaf.
+
+    >>> refuse_packed({"a": jnp.zeros(2)}, "merged")
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: hasattr(node, "unpack")
+    )
+    for path, leaf in flat:
+        if hasattr(leaf, "unpack"):
+            raise ValueError(
+                f"{path_string(path)} is packed and cannot be {what}: load the model "
+                "without matrices=, or unpack it by collab_jax.models.packed.unpack"
+            )

@@ -141,7 +141,7 @@ def open_drafter(
     verify: str | None,
     target: "Opened",
     dtype: str,
-    **chat: Any,
+    **reading: Any,
 ) -> Drafter:
     """What drafts for a model; its parameters are not read yet.
 
@@ -151,7 +151,7 @@ def open_drafter(
       verify: one of `VERIFIERS`; None for the default.
       target: the model that is drafted for.
       dtype: of the drafting model's parameters.
-      **chat: of `open_source`, for a prompt of its own.
+      **reading: `chat`, `system` and `matrices` of `open_source`.
 
     Raises:
       FileNotFoundError: where there is no such model.
@@ -169,7 +169,7 @@ def open_drafter(
         return drafter
     from collab_jax.commands.opening import open_source
 
-    opened = open_source(draft, dtype, **chat)
+    opened = open_source(draft, dtype, **reading)
     bridge = None if opened.same_tokens(target) else _bridge(draft, opened, target)
     return drafter._replace(opened=opened, bridge=bridge)
 

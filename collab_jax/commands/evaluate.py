@@ -44,6 +44,7 @@ CHUNK = 32  # tokens whose logits exist at a time
 @options.text
 @options.sampling
 @options.dtype
+@options.matrices
 @options.batch_size
 @options.as_json
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
     min_p: float | None,
     seed: int,
     dtype: str,
+    matrices: str,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -98,11 +100,12 @@ def evaluate(
 
     from collab_jax.commands.opening import open_source
 
-    opened = open_source(source, dtype, chat=chat, system=system)
+    opened = open_source(source, dtype, chat=chat, system=system, matrices=matrices)
     settings: dict[str, Any] = {
         "source": source,
         "model": opened.fingerprint(),
         "dtype": dtype,
+        **({} if matrices == "plain" else {"matrices": matrices}),
         "mode": mode,
         "task": hashlib.sha256(Path(task).read_bytes()).hexdigest(),
         "limit": limit,

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 @drafting.draft_length
 @drafting.verify
 @options.dtype
+@options.matrices
 @options.batch_size
 @click.option("--stream", is_flag=True, help="Print each token as it comes.")
 @options.as_json
@@ -91,6 +92,7 @@ def generate(
     draft_length: int | None,
     verify: str | None,
     dtype: str,
+    matrices: str,
     batch_size: int,
     stream: bool,
     as_json: bool,
@@ -103,6 +105,7 @@ def generate(
     collab-jax generate gemma-3-270m --prompt Once --temperature 0.8 --top-p 0.95
     collab-jax generate gemma-3-270m --input prompts.jsonl --output out.jsonl
     collab-jax generate gemma-3-270m --prompt "1 2 3 1 2 3" --draft ngram
+    collab-jax generate gemma-3-270m --prompt Once --matrices int8
     collab-jax generate --ensemble gemma-3-270m smollm2-135m-instruct --prompt Once
     collab-jax generate smollm2-135m-instruct --context "Cats bark." --prompt "Cats"
 
@@ -136,7 +139,9 @@ def generate(
 
     names = [*([source] if source else []), *ensemble, *(proxy or ())]
     names += [contrast] if contrast else []
-    sources = [open_source(name, dtype, chat=chat, system=system) for name in names]
+    reading: dict[str, Any] = {"chat": chat, "system": system}
+    reading["matrices"] = matrices
+    sources = [open_source(name, dtype, **reading) for name in names]
     join = None
     if kind is not None:
         join = members.open_join(
@@ -146,7 +151,7 @@ def generate(
     drafter = None
     if draft is not None:
         drafter = drafting.open_drafter(
-            draft, draft_length, verify, sources[0], dtype, chat=chat, system=system
+            draft, draft_length, verify, sources[0], dtype, **reading
         )
         if join is not None:
             members.check_drafter(join, drafter)
@@ -156,6 +161,7 @@ def generate(
         **({} if join is None else join.told()),
         **({} if strength is None else {"strength": strength}),
         "dtype": dtype,
+        **({} if matrices == "plain" else {"matrices": matrices}),
         "chat": chat,
         "system": system,
         "max_new_tokens": max_new_tokens,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from collab_jax.commands.options import MATRICES
+
 if TYPE_CHECKING:
     from collab_jax.commands.plan import Plan
     from collab_jax.io.load import Model
@@ -23,6 +25,7 @@ class Opened(NamedTuple):
     codec: "Codec"
     dtype: Any  # None: as stored
     load: Callable[[], "Model"]
+    matrices: str = "plain"
 
     def fingerprint(self) -> str:
         """Changes when the files of the model change."""
@@ -69,6 +72,7 @@ class Opened(NamedTuple):
         bytes_each = 4 if self.dtype is None else self.dtype.itemsize
         return plan(
             self.config,
+            MATRICES.get(self.matrices) or bytes_each,
             bytes_each,
             rows=rows,
             capacity=capacity,
@@ -101,7 +105,11 @@ def keep_programs() -> None:
 
 
 def open_source(
-    source: str, dtype: str, chat: bool = False, system: str | None = None
+    source: str,
+    dtype: str,
+    chat: bool = False,
+    system: str | None = None,
+    matrices: str = "plain",
 ) -> Opened:
     """Finds a model, downloading it where needed, and reads all but its parameters.
 
@@ -140,7 +148,8 @@ def open_source(
         config,
         codec(load_tokenizer(path), config.eos, chat=chat, system=system),
         kind,
-        lambda: load(path, dtype=kind),
+        lambda: load(path, kind, matrices=None if matrices == "plain" else matrices),
+        matrices,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import click
 
 DTYPES = ("float32", "bfloat16", "float16", "stored")
+MATRICES = {"packed": None, "bfloat16": 2, "int8": 1}  # bytes of a number, if known
 
 source = click.argument("source")
 
@@ -15,6 +16,15 @@ dtype = click.option(
     default="float32",
     show_default=True,
     help="Type of parameters and cache; stored: as the checkpoint has it.",
+)
+
+matrices = click.option(
+    "--matrices",
+    type=click.Choice(("plain", *MATRICES)),
+    default="plain",
+    show_default=True,
+    help="How matrices lie in memory; packed: faster on a CPU; bfloat16, int8: rounded "
+    "as well, which is faster still.",
 )
 
 as_json = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, alone.")

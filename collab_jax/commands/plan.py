@@ -26,13 +26,21 @@ class Plan(NamedTuple):
 
 
 def plan(
-    config: "Config", bytes_each: int, *, rows: int, capacity: int, wide: int, read: int
+    config: "Config",
+    weight_bytes: int,
+    bytes_each: int,
+    *,
+    rows: int,
+    capacity: int,
+    wide: int,
+    read: int,
 ) -> Plan:
     """Counts the bytes of a run.
 
     Args:
       config: the model.
-      bytes_each: of a parameter and of an entry of the cache.
+      weight_bytes: of a parameter.
+      bytes_each: of an entry of the cache.
       rows: B.
       capacity: slots of a row of the cache.
       wide: tokens of a row in the widest call.
@@ -41,7 +49,7 @@ def plan(
     >>> from collab_jax.models.config import from_hf
     >>> config = from_hf({"model_type": "llama", "vocab_size": 10, "hidden_size": 8,
     ...     "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2})
-    >>> plan(config, 4, rows=1, capacity=16, wide=8, read=1).cache
+    >>> plan(config, 4, 4, rows=1, capacity=16, wide=8, read=1).cache
     2048
     """
     from collab_jax.io.names import rules
@@ -53,7 +61,7 @@ def plan(
     scores = 2 * config.heads * capacity * 4  # attention, before and after the softmax
     hidden = 4 * (config.width + 3 * config.inner)
     return Plan(
-        count * bytes_each,
+        count * weight_bytes,
         rows * capacity * slot * bytes_each,
         logits,
         rows * wide * (scores + hidden),

@@ -21,10 +21,16 @@ CHUNK = 32  # tokens whose logits exist at a time
     "--text", "texts", multiple=True, required=True, metavar="TEXT", help="May repeat."
 )
 @options.dtype
+@options.matrices
 @options.batch_size
 @options.as_json
 def score(
-    source: str, texts: tuple[str, ...], dtype: str, batch_size: int, as_json: bool
+    source: str,
+    texts: tuple[str, ...],
+    dtype: str,
+    matrices: str,
+    batch_size: int,
+    as_json: bool,
 ) -> None:
     """Log-probability of each token of a text, and its perplexity.
 
@@ -40,7 +46,7 @@ def score(
     """
     from collab_jax.commands.opening import check_lengths, open_source
 
-    opened = open_source(source, dtype)
+    opened = open_source(source, dtype, matrices=matrices)
     tokens = opened.codec.encode(texts)
     check_lengths(tokens, opened.config, new=0)
     for text, ids in zip(texts, tokens, strict=True):

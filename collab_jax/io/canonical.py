@@ -11,6 +11,7 @@ import numpy as np
 
 from collab_jax.io.names import Rule, rules
 from collab_jax.models.config import Config
+from collab_jax.models.packed import plain
 
 
 def to_checkpoint(config: Config, params: Any) -> dict[str, Any]:
@@ -19,10 +20,11 @@ def to_checkpoint(config: Config, params: Any) -> dict[str, Any]:
     Args:
       config: what the model is made of.
       params: a nested dict of arrays of numpy or JAX; tracers and sharded arrays too,
-        which stay on their devices.
+        which stay on their devices. Packed matrices are unpacked.
 
     Raises:
       KeyError: where the tree lacks a leaf.
+      ValueError: for packed matrices that were rounded.
 
     >>> import jax
     >>> from collab_jax.models.config import from_hf
@@ -193,5 +195,5 @@ def tensors_of(
             node = params
             for part in path:
                 node = node[part]
-            leaves.append(read(node))
+            leaves.append(read(plain(node, "/".join(path))))
         yield from zip(rule.names, rule.save(leaves), strict=True)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as orbax
 
-from collab_jax.tree import path_string
+from collab_jax.tree import path_string, refuse_packed
 
 
 def save_checkpoint(path: str | Path, tree: Any) -> None:
@@ -22,7 +22,7 @@ def save_checkpoint(path: str | Path, tree: Any) -> None:
       tree: any pytree of arrays, sharded or not.
 
     Raises:
-      ValueError: where there is something at `path` already.
+      ValueError: where there is something at `path` already, and for packed matrices.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -31,6 +31,7 @@ def save_checkpoint(path: str | Path, tree: Any) -> None:
     >>> load_checkpoint(path)["w"].tolist()
     [0, 1, 2]
     """
+    refuse_packed(tree, "saved")
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists; a checkpoint is written to a new folder")

@@ -17,24 +17,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from collab_jax.cache import cache
 from collab_jax.io import wheels
 from collab_jax.io.wheels import MODELS
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 _WANTED += ["LICENSE*"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def cache() -> Path:
-    """The folder for downloads: `$COLLAB_JAX_CACHE`, or `~/.cache/collab_jax`.
-
-    >>> from unittest import mock
-    >>> with mock.patch.dict(os.environ, COLLAB_JAX_CACHE="~/models"):
-    ...     cache() == Path.home() / "models"
-    True
-    """
-    given = os.environ.get("COLLAB_JAX_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "collab_jax"
 
 
 def folder(name: str) -> Path:

@@ -19,6 +19,7 @@ from collab_jax.io.json_file import read_json, write_json
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.io.tokenizer import load_tokenizer
 from collab_jax.models.config import Config, from_hf, to_hf
+from collab_jax.models.packed import pack_leaf, plain
 from collab_jax.models.transformer import transformer
 
 # path of a leaf, its shape -> where it lies
@@ -40,6 +41,7 @@ def load(
     dtype: Any = None,
     sharding: Sharding | Place | None = None,
     taps: tuple[str, ...] = (),
+    matrices: str | None = None,
 ) -> Model:
     """Loads a language model, leaf by leaf: read, convert, put where it belongs.
 
@@ -55,6 +57,9 @@ def load(
         or a function of a leaf's path ("layers_0", "mlp", "up", "kernel") and shape.
       taps: what the backbone reports beside the hidden states, see
         `collab_jax.models.transformer.transformer`.
+      matrices: None for plain matrices; "packed", "bfloat16" or "int8" for such as
+        decode faster on a CPU, see `collab_jax.models.packed.pack`. The type of all
+        else is `dtype`.
 
     Returns:
       A `Model`.
@@ -62,7 +67,7 @@ def load(
     Raises:
       FileNotFoundError: where there is no such model, or it lacks a file.
       ValueError: for an unknown architecture or type, a missing or unexpected tensor, a
-        wrong shape, or a file that is cut off.
+        wrong shape, or a file that is cut off; for matrices together with a sharding.
 
     >>> from collab_jax.models.transformer import init
     >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
@@ -84,7 +89,7 @@ def load(
     backbone = transformer(config, taps)
     checkpoint = _canonical(_checkpoint(folder, config), config, folder)
     tokenizer = load_tokenizer(folder)
-    params = read_params(config, checkpoint, dtype, sharding)
+    params = read_params(config, checkpoint, dtype, sharding, matrices)
     return Model(params, lms.language_model(backbone), backbone, tokenizer, config)
 
 
@@ -161,6 +166,7 @@ def read_params(
     checkpoint: Checkpoint,
     dtype: Any = None,
     sharding: Sharding | Place | None = None,
+    matrices: str | None = None,
 ) -> dict[str, Any]:
     """The params tree of a checkpoint with canonical names.
 
@@ -169,6 +175,10 @@ def read_params(
       checkpoint: its tensors.
       dtype: see `load`.
       sharding: see `load`.
+      matrices: see `load`.
+
+    Raises:
+      ValueError: for matrices together with a sharding.
 
     >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
     ...     "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
@@ -179,6 +189,11 @@ def read_params(
     >>> read_params(config, zeros)["embed"]["embedding"].shape
     (3, 4)
     """
+    if matrices is not None and sharding is not None:
+        raise ValueError(
+            f"matrices={matrices!r} packs matrices for one device; leave it out with a "
+            "sharding"
+        )
     rules = names.rules(config)
     dtype = np.dtype(dtype or checkpoint.layouts[rules[0].names[0]].dtype)
     tree: dict[str, Any] = {}
@@ -189,6 +204,9 @@ def read_params(
             for part in path[:-1]:
                 node = node.setdefault(part, {})
             node[path[-1]] = _put(path, leaf, dtype, sharding)
+            if matrices is not None:
+                name = "/".join(path)
+                node[path[-1]] = pack_leaf(name, node[path[-1]], matrices, config.tied)
         del leaves
     return tree
 
@@ -210,7 +228,8 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
     model.safetensors, or shards with an index. The types of the parameters are kept.
 
     Args:
-      model: its params must be arrays; adapters are merged into them beforehand.
+      model: its params must be arrays; adapters are merged into them beforehand, packed
+        matrices are unpacked here.
       folder: must not exist, or be empty. It appears whole or not at all.
       max_shard_size: bytes of a file.
 
@@ -218,8 +237,8 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
       The folder.
 
     Raises:
-      ValueError: for a folder that holds something, and for params that are not those
-        of `model.config`.
+      ValueError: for a folder that holds something, for params that are not those of
+        `model.config`, and for packed matrices that were rounded.
 
     >>> from collab_jax.models.transformer import init
     >>> config = from_hf({"model_type": "llama", "vocab_size": 3, "hidden_size": 4,
@@ -273,6 +292,7 @@ def _leaf(params: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(params, dict) or part not in params:
             raise ValueError(f"params lack {'/'.join(path)}, which config asks for")
         params = params[part]
+    params = plain(params, "/".join(path))
     if not isinstance(params, jax.Array | np.ndarray):
         raise ValueError(
             f"{'/'.join(path)} is a {type(params).__name__}, an array was expected: "
@@ -289,7 +309,9 @@ def _layouts(model: Model) -> dict[str, Layout]:
         known += len(leaves)
         for name, shape in zip(rule.names, rule.shapes, strict=True):
             layouts[name] = Layout(np.dtype(leaves[0].dtype), shape)
-    total = len(jax.tree.leaves(model.params))
+    total = len(
+        jax.tree.leaves(model.params, is_leaf=lambda x: not isinstance(x, dict))
+    )
     if total != known:
         raise ValueError(f"params have {total} leaves, config asks for {known}")
     return layouts

@@ -133,7 +133,7 @@ def _weights(weights: Sequence[Any] | None, first: Any, count: int) -> list[list
 
 
 def check_alike(first: Any, experts: Sequence[Any]) -> None:
-    """Refuses no experts, and trees whose paths or shapes differ.
+    """Refuses no experts, packed ones, and trees whose paths or shapes differ.
 
     Args:
       first: the base, or the first expert where there is none.
@@ -148,6 +148,8 @@ def check_alike(first: Any, experts: Sequence[Any]) -> None:
     """
     if not experts:
         raise ValueError("no expert was given, at least one is expected")
+    for each in (first, *experts):
+        tree.refuse_packed(each, "merged")
     for n, expert in enumerate(experts):
         if gap := tree.difference(first, expert):
             path, wanted, found = gap

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from collab_jax import slots
 from collab_jax.models.config import Config
-from collab_jax.models.linear import Projection
+from collab_jax.models.linear import Projection, together
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import rotate
 
@@ -247,7 +247,8 @@ class Attention(nn.Module):
         """
         c = self.config
         split = (*x.shape[:2], -1, c.head_size)
-        q, k, v = self.q(x), self.k(x), self.v(x).reshape(split)
+        q, k, v = together(x, self.q, self.k, self.v)
+        v = v.reshape(split)
         if c.width_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.reshape(split), k.reshape(split)

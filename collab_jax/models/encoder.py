@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from collab_jax.lm import Features, Params
 from collab_jax.models.encoder_config import EncoderConfig
-from collab_jax.models.linear import Embedding, Projection, leaf
+from collab_jax.models.linear import Embedding, Projection, leaf, together
 from collab_jax.models.norm import layer_norm
 from collab_jax.models.transformer import ACTIVATIONS
 
@@ -65,7 +65,8 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps `[B, T, W]` to `[B, T, W]` and the weights `[B, H, T, T]`."""
         split = (*x.shape[:2], self.config.heads, -1)
-        q, k, v = (f(x).reshape(split) for f in (self.q, self.k, self.v))
+        parts = together(x, self.q, self.k, self.v)
+        q, k, v = (part.reshape(split) for part in parts)
         scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
         scores = scores / q.shape[-1] ** 0.5
         # finite, so that a row of length 0 gives no NaN

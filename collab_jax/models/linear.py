@@ -1,19 +1,24 @@
 """The one door for every product with a weight matrix.
 
-A kernel is an array, or a NamedTuple with a method `project(x)` that stands for one
-(a low-rank correction, quantised weights). Layouts, kernels of a backend and such
-leaves are decided here and nowhere else.
+A kernel is an array, or a value with a method `project(x)` that stands for one: a
+low-rank correction, or a packed matrix, which may be rounded and which native code may
+multiply. Layouts, kernels of a backend and such leaves are decided here and nowhere
+else; the form for arrays is the plain one that the others are compared with.
 
 Shapes: B rows, T tokens of this call, I size in, O size out, E experts, N tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Kernel = Any  # an array, or a NamedTuple with a method project(x)
+from collab_jax.models import packed
+from collab_jax.models.packed import Packed
+
+Kernel = Any  # an array, or a value with a method project(x)
 
 
 def project(x: jax.Array, kernel: Kernel, bias: jax.Array | None = None) -> jax.Array:
@@ -21,7 +26,7 @@ def project(x: jax.Array, kernel: Kernel, bias: jax.Array | None = None) -> jax.
 
     Args:
       x: `[..., I]`.
-      kernel: `[I, O]`, or a NamedTuple with a method `project(x)`.
+      kernel: `[I, O]`, or a value with a method `project(x)`.
       bias: `[O]` or None.
 
     Returns:
@@ -37,12 +42,79 @@ def project(x: jax.Array, kernel: Kernel, bias: jax.Array | None = None) -> jax.
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def project_all(
+    x: jax.Array, kernels: Sequence[Kernel], biases: Sequence[jax.Array | None]
+) -> tuple[jax.Array, ...]:
+    """Multiplies the same x by several weight matrices, packed ones in one go.
+
+    Args:
+      x: `[..., I]`.
+      kernels: each `[I, O]`, O may differ; see `project`.
+      biases: for each kernel `[O]`, or None.
+
+    Returns:
+      `[..., O]` in the type of x for each kernel.
+
+    >>> q, k = project_all(jnp.ones((1, 2)), [jnp.eye(2), 2 * jnp.eye(2)], [None, None])
+    >>> q.tolist(), k.tolist()
+    ([[1.0, 1.0]], [[2.0, 2.0]])
+    """
+    alike = {isinstance(k, Packed) and k.panels.dtype for k in kernels}
+    if len(alike) > 1 or False in alike:
+        pairs = zip(kernels, biases, strict=True)
+        return tuple(project(x, kernel, bias) for kernel, bias in pairs)
+    products = zip(packed.project_all(x, kernels), biases, strict=True)
+    return tuple(y if b is None else y + b.astype(y.dtype) for y, b in products)
+
+
+def contract(equation: str, x: jax.Array, kernels: Kernel) -> jax.Array:
+    """Multiplies by the weight matrices of several experts, as `jnp.einsum` does.
+
+    Args:
+      equation: as in "nw,ewf->enf"; the axes of one matrix are the last two, and what
+        x and the matrices share before them leads in both.
+      x: as the equation says.
+      kernels: likewise, an array or a `Packed` with leading axes.
+
+    Returns:
+      What the equation says, in the type of x.
+
+    >>> x, kernels = jnp.ones((1, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+    >>> contract("nw,ewf->enf", x, kernels).tolist()
+    [[[1.0, 1.0]], [[2.0, 2.0]]]
+    """
+    if not isinstance(kernels, Packed):
+        return jnp.einsum(equation, x, kernels.astype(x.dtype))
+    operands, out = equation.split("->")
+    left, right = operands.split(",")
+    lead, size_in, size_out = right[:-2], right[-2], right[-1]
+    multiply = project
+    for axis in reversed(lead):
+        multiply = jax.vmap(multiply, (0 if axis in left else None, 0))
+    rest = [axis for axis in left if axis not in (*lead, size_in)]
+    found = "".join((*lead, *rest, size_out))
+    return jnp.einsum(f"{found}->{out}", multiply(x, kernels))
+
+
+def pick(kernels: Kernel, chosen: jax.Array) -> Kernel:
+    """The matrices of chosen experts: `kernels[chosen]`.
+
+    Args:
+      kernels: `[E, I, O]`, an array or a `Packed`.
+      chosen: integers of any shape.
+
+    >>> pick(jnp.ones((3, 4, 5)), jnp.array([[0, 2]])).shape
+    (1, 2, 4, 5)
+    """
+    return jax.tree.map(lambda leaf: leaf[chosen], kernels)
+
+
 def attend(x: jax.Array, embedding: Kernel) -> jax.Array:
     """Multiplies by the transpose of an embedding (a tied head): `y = x @ embedding.T`.
 
     Args:
       x: `[..., W]`.
-      embedding: `[V, W]`, or a NamedTuple with a method `attend(x)`.
+      embedding: `[V, W]`, or a value with a method `attend(x)`.
 
     Returns:
       `[..., V]` float32.
@@ -65,7 +137,7 @@ def lookup(tokens: jax.Array, embedding: Kernel) -> jax.Array:
 
     Args:
       tokens: integers of any shape.
-      embedding: `[V, W]`, or a NamedTuple with a method `lookup(tokens)`.
+      embedding: `[V, W]`, or a value with a method `lookup(tokens)`.
 
     >>> lookup(jnp.array([1]), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[3.0, 4.0]]
@@ -110,15 +182,39 @@ class Projection(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[..., I]` to `[..., O]`."""
+    def weights(self) -> tuple[Kernel, jax.Array | None]:
+        """The matrix `[I, O]`, and the bias `[O]` or None."""
         shape = (self.size_in, self.size_out)
         init = nn.initializers.normal(self.size_in**-0.5)
         kernel = leaf(self, "kernel", init, shape, self.dtype)
         if not self.bias:
-            return project(x, kernel)
+            return kernel, None
         zeros = nn.initializers.zeros
-        return project(x, kernel, leaf(self, "bias", zeros, shape[1:], self.dtype))
+        return kernel, leaf(self, "bias", zeros, shape[1:], self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., I]` to `[..., O]`."""
+        return project(x, *self.weights())
+
+
+def together(x: jax.Array, *layers: Projection) -> tuple[jax.Array, ...]:
+    """Several projections of the same x, see `project_all`.
+
+    Args:
+      x: `[..., I]`.
+      layers: bound to their parameters.
+
+    >>> class Pair(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return together(x, Projection(2, 3), Projection(2, 1, True))
+    >>> x = jnp.ones((4, 2))
+    >>> pair = Pair().init_with_output(jax.random.key(0), x)[0]
+    >>> [y.shape for y in pair]
+    [(4, 3), (4, 1)]
+    """
+    kernels, biases = zip(*(layer.weights() for layer in layers), strict=True)
+    return project_all(x, kernels, biases)
 
 
 class Embedding(nn.Module):

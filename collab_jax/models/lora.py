@@ -31,7 +31,7 @@ class LowRank(NamedTuple):
 
     def project(self, x: jax.Array) -> jax.Array:
         """`x @ kernel + scale * (x @ a) @ b`, for x `[..., I]`."""
-        low = jnp.dot(jnp.dot(x, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        low = project(project(x, self.a), self.b)
         return project(x, self.kernel) + jnp.asarray(self.scale, x.dtype) * low
 
 
@@ -51,13 +51,15 @@ def init(
 
     Raises:
       ValueError: where nothing is selected, a selected leaf is no kernel `[I, O]`
-        (experts `[E, I, O]` among them), or the rank does not fit.
+        (experts `[E, I, O]` among them), or the rank does not fit; for packed
+        parameters.
 
     >>> params = {"attention": {"q": {"kernel": jnp.ones((4, 6))}}}
     >>> adapter = init(jax.random.key(0), params, rank=2, select=".*/kernel")
     >>> tree.shapes(adapter)
     {'attention/q/kernel/a': (4, 2), 'attention/q/kernel/b': (2, 6)}
     """
+    tree.refuse_packed(params, "measured for an adapter")
     chosen = tree.select(params, select)
     if not chosen:
         raise ValueError(
@@ -117,13 +119,16 @@ def materialise(params: Params, adapter: Params, scale: Any) -> Params:
       scale: alpha / R.
 
     Raises:
-      ValueError: for factors of a kernel that the model has not, or of another shape.
+      ValueError: for factors of a kernel that the model has not, or of another shape;
+        for packed parameters.
 
     >>> params = {"q": {"kernel": jnp.eye(2)}}
     >>> adapter = {"q": {"kernel": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}}
     >>> materialise(params, adapter, 0.5)["q"]["kernel"].tolist()
     [[1.5, 0.5], [0.5, 1.5]]
     """
+
+    tree.refuse_packed(params, "merged with an adapter")
 
     def add(kernel, a, b):
         a, b, wide = (leaf.astype(jnp.float32) for leaf in (a, b, kernel))

@@ -252,7 +252,7 @@ def marian(config: MarianConfig) -> Backbone:
 
     def start(params, batch, capacity):
         shape = (batch, c.heads, capacity, c.head_size)
-        dtype = jax.tree.leaves(params[0]["embed"])[0].dtype
+        dtype = params[0]["embed"]["embedding"].dtype
 
         def buffers():
             return tuple(jnp.zeros(shape, dtype) for _ in range(c.layers))

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from collab_jax.models.linear import Projection, leaf
+from collab_jax.models.linear import Kernel, Projection, contract, leaf, pick
 
 
 class Experts(NamedTuple):
     """The weights of all experts of one layer."""
 
-    gate: jax.Array  # [E, W, F]
-    up: jax.Array  # [E, W, F]
-    down: jax.Array  # [E, F, W]
+    gate: Kernel  # [E, W, F]
+    up: Kernel  # [E, W, F]
+    down: Kernel  # [E, F, W]
 
 
 def route(
@@ -81,11 +81,11 @@ def mix_dense(
     taken = chosen[:, :, None] == jnp.arange(count)
     share = jnp.where(taken, weights[:, :, None], 0).sum(1)  # a token's experts differ
     share = share.T[:, :, None].astype(x.dtype)  # [E, N, 1]
-    gate = jnp.einsum("nw,ewf->enf", x, experts.gate.astype(x.dtype))
-    up = jnp.einsum("nw,ewf->enf", x, experts.up.astype(x.dtype))
+    gate = contract("nw,ewf->enf", x, experts.gate)
+    up = contract("nw,ewf->enf", x, experts.up)
     # an overflow in an expert that was not chosen must not reach the token
     hidden = jnp.where(share > 0, share * activation(gate) * up, 0)
-    return jnp.einsum("enf,efw->nw", hidden, experts.down.astype(x.dtype))
+    return contract("enf,efw->nw", hidden, experts.down)
 
 
 def mix_gathered(
@@ -104,10 +104,10 @@ def mix_gathered(
     >>> mix_gathered(x, one, w, jnp.array([[1]]), lambda h: h).tolist()
     [[9.0]]
     """
-    gate, up, down = (kernel[chosen].astype(x.dtype) for kernel in experts)
-    hidden = activation(jnp.einsum("nw,nawf->naf", x, gate))
-    hidden = hidden * jnp.einsum("nw,nawf->naf", x, up)
-    out = jnp.einsum("naf,nafw->naw", hidden, down)
+    gate, up, down = (pick(kernel, chosen) for kernel in experts)
+    hidden = activation(contract("nw,nawf->naf", x, gate))
+    hidden = hidden * contract("nw,nawf->naf", x, up)
+    out = contract("naf,nafw->naw", hidden, down)
     return jnp.einsum("naw,na->nw", out, weights.astype(out.dtype))
 
 

@@ -18,7 +18,7 @@ from collab_jax import slots
 from collab_jax.lm import Backbone, Features, KVCache, Params
 from collab_jax.models import attention
 from collab_jax.models.config import Config
-from collab_jax.models.linear import Embedding, Projection
+from collab_jax.models.linear import Embedding, Projection, together
 from collab_jax.models.moe import Mixture
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import LongRope
@@ -50,7 +50,8 @@ class MLP(nn.Module):
         """Maps `[B, T, W]` to `[B, T, W]`."""
         activation = ACTIVATIONS[self.config.activation]
         if self.config.gated:
-            return self.down(activation(self.gate(x)) * self.up(x))
+            gate, up = together(x, self.gate, self.up)
+            return self.down(activation(gate) * up)
         return self.down(activation(self.up(x)))
 
 
@@ -263,7 +264,7 @@ def transformer(
     def start(params: Params, batch: int, capacity: int) -> KVCache:
         _check_reach(config, capacity)
         shape = (batch, config.kv_heads, capacity, config.head_size)
-        dtype = jax.tree.leaves(params["embed"])[0].dtype
+        dtype = params["embed"]["embedding"].dtype
 
         def buffers():
             return tuple(jnp.zeros(shape, dtype) for _ in range(first, last))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from collab_jax import law
+from collab_jax import law, tree
 from collab_jax.cooperate.efficient.draft import check_size
 from collab_jax.finetune import Finetuner, Info, Tuned, over_positions
 from collab_jax.lm import Backbone, Params
@@ -158,6 +158,7 @@ def extrapolation_tuner(
         )
 
     def init(params: Params) -> Tuned:
+        tree.refuse_packed(params, "trained")
         return Tuned(params, (optimizer.init(params), jax.random.key(seed)))
 
     def step(base: Params, tuned: Tuned, batch: Batch) -> tuple[Tuned, Info]:

@@ -1,0 +1,117 @@
+// The products of product.h as a handler of XLA's foreign function interface.
+
+#include <string>
+
+#include "product.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace collab_jax {
+namespace {
+
+namespace ffi = xla::ffi;
+using Dimensions = ffi::AnyBuffer::Dimensions;
+
+ffi::Error wrong(const std::string& what) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "collab_jax: " + what);
+}
+
+// An array `[*lead, *own]`: an axis that vmap put in front has its size, or 1 where the
+// array is shared.
+struct Led {
+  Dimensions dims;
+  size_t lead;
+
+  bool shared() const {
+    return std::all_of(dims.begin(), dims.begin() + lead, [](int64_t d) { return d == 1; });
+  }
+
+  int64_t own(size_t axis) const { return dims[lead + axis]; }
+
+  // Elements before the part of one member of `all`.
+  int64_t offset(int64_t member, Dimensions all) const {
+    int64_t size = 1, found = 0;
+    for (size_t axis = lead; axis < dims.size(); ++axis) size *= dims[axis];
+    for (size_t axis = lead; axis-- > 0;) {
+      if (dims[axis] > 1) found += member % all[axis] * size;
+      member /= all[axis];
+      size *= dims[axis];
+    }
+    return found;
+  }
+};
+
+// Operands: x [*lead, R, K]; n matrices of panels [*lead, P, K, 32]; for int8 their n
+// scales [*lead, N]. Results: n times [*lead, R, N].
+ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
+  if (!supports(Set(set))) return wrong("this processor lacks the instruction set");
+  const size_t count = results.size();
+  if (count == 0 || operands.size() < 1 + count) return wrong("operands are missing");
+  const auto x = operands.get<ffi::AnyBuffer>(0);
+  if (x.has_error() || x->element_type() != ffi::F32 || x->dimensions().size() < 2)
+    return wrong("x is not float32 [rows, K]");
+  const size_t lead = x->dimensions().size() - 2;
+  const Led left{x->dimensions(), lead};
+  const int64_t rows = left.own(0), depth = left.own(1);
+  const auto kind = operands.get<ffi::AnyBuffer>(1)->element_type();
+  if (kind != ffi::F32 && kind != ffi::U16 && kind != ffi::S8)
+    return wrong("panels are neither float32, uint16 nor int8");
+  const Type type = kind == ffi::F32    ? Type::float32
+                    : kind == ffi::U16 ? Type::bfloat16
+                                        : Type::int8;
+  const bool scaled = type == Type::int8;
+  if (operands.size() != 1 + count * (scaled ? 2 : 1))
+    return wrong("the number of operands does not fit the number of results");
+
+  std::vector<Product> found;
+  for (size_t n = 0; n < count; ++n) {
+    const auto w = operands.get<ffi::AnyBuffer>(1 + n);
+    const auto s = operands.get<ffi::AnyBuffer>(scaled ? 1 + count + n : 1 + n);
+    auto y = results.get<ffi::AnyBuffer>(n);
+    const Dimensions all = (*y)->dimensions();
+    if (w->element_type() != kind || w->dimensions().size() != lead + 3 ||
+        all.size() != lead + 2)
+      return wrong("panels or results differ in type or rank");
+    const Led right{w->dimensions(), lead};
+    const Led scale{s->dimensions(), lead};
+    const int64_t width = all[lead + 1];
+    const bool fits = right.own(0) == (width + PANEL - 1) / PANEL &&
+                      right.own(1) == depth && right.own(2) == PANEL &&
+                      all[lead] == rows && (*y)->element_type() == ffi::F32;
+    if (!fits) return wrong("panels do not fit x and the result");
+    if (scaled && (s->element_type() != ffi::F32 || s->dimensions().size() != lead + 1 ||
+                   scale.own(0) != width))
+      return wrong("scales are not float32 [N]");
+    int64_t members = 1;
+    for (size_t axis = 0; axis < lead; ++axis) members *= all[axis];
+    // members that share a matrix are so many more rows of one product
+    const bool folded = right.shared() && (!scaled || scale.shared()) && !left.shared() &&
+                        left.offset(members - 1, all) == (members - 1) * rows * depth;
+    const int64_t each = folded ? members : 1;
+    for (int64_t member = 0; member < members; member += each)
+      found.push_back(
+          {x->typed_data<float>() + left.offset(member, all), rows * each,
+           static_cast<const char*>(w->untyped_data()) +
+               right.offset(member, all) * bytes_of(type),
+           scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,
+           (*y)->typed_data<float>() + member * rows * width, width});
+  }
+  compute(Set(set), type, depth, std::move(found), pool.num_threads(),
+          [&](auto task) { pool.Schedule(std::move(task)); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace collab_jax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(collab_jax_products, collab_jax::products,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Attr<int32_t>("set")
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+// For Python: whether this processor has an instruction set.
+extern "C" int collab_jax_supports(int set) {
+  return collab_jax::supports(collab_jax::Set(set));
+}

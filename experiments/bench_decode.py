@@ -1,0 +1,249 @@
+"""Decoding on a CPU with plain and packed weights, beside transformers and llama.cpp.
+
+Claim: with packed float32 weights a text of batch 1 is written at least 2x as fast as
+by the faster of transformers eager and compiled, and as fast as by llama.cpp; bfloat16
+weights are at least 2x our own plain float32, int8 at least 0.9x llama.cpp's q8_0; a
+batch of 8 is at least 2x transformers; a call of 8 tokens costs at most 1.5x one of 1.
+Command: python experiments/bench_decode.py [--smoke] [--data DIR] [--repeats R]
+[--batches B ...] [--engines NAME ...] [--threads N] [--output FILE] [--fresh]; a run
+that was stopped is taken up again. Peers are measured where `torch` (the extra
+`parity`) and `llama-cpp-python` are installed.
+Data: DIR or $COLLAB_JAX_DATA with gsm8k/test.jsonl (openai/grade-school-math) and
+spec_bench/question.jsonl (hemingkx/Spec-Bench), for the loss by rounding alone; without
+it a paragraph of this project.
+Hardware: two idle CPU cores, 8 GiB; about half an hour, most of it compiling
+(`--smoke`: seconds, ours alone, a random toy model).
+Expected: not measured whole yet.
+
+SmolLM2-135M, a prompt of 129 tokens and 64 new ones, greedy. Engines take turns, who
+comes first rotates from repeat to repeat, and each runs once untimed before. Ratios are
+those of medians. The limit of a token is the bytes of all weights over the bandwidth
+that all threads measured together.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from decoding import limits, ours, peers, report
+from measuring.atomic import write_json
+from measuring.process import circumstances
+
+from collab_jax import native, tree
+from collab_jax.commands.progress import progress
+
+RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
+PACKAGES = ["collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"]
+PACKAGES += ["llama-cpp-python"]
+BATCHES = 1, 4, 8, 32
+WIDTHS = 1, 2, 4, 8, 16
+LENGTH, NEW = 129, 64
+
+
+def engines(subject: ours.Subject, threads: int) -> dict[str, tuple[Callable, int]]:
+    """How to make everything that is compared, and the widest batch it takes."""
+    own = {
+        f"ours {kind}": (lambda kind=kind: ours.Ours(subject, kind), 64)
+        for kind in ours.KINDS
+    }
+    return own | peers.all_of(subject, threads)
+
+
+def compare(
+    subject: ours.Subject,
+    every: dict[str, tuple[Callable, int]],
+    batches: list[int],
+    repeats: int,
+    found: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Times what is missing; an engine that fails is left out, with its reason."""
+    made: dict[str, Any] = {}
+    known = {(x["engine"], x["batch"], x["repeat"]) for x in found["runs"]}
+    with progress("runs", len(batches) * repeats * len(every)) as advance:
+        for batch in batches:
+            prompts, warm = subject.prompts(batch), set()
+            for repeat in range(repeats):
+                names = [name for name, (_, most) in every.items() if batch <= most]
+                turn = repeat % len(names)
+                for name in names[turn:] + names[:turn]:
+                    advance()
+                    if (name, batch, repeat) in known or name in found["failed"]:
+                        continue
+                    try:
+                        if name not in made:
+                            made[name] = every[name][0]()
+                        if name not in warm:
+                            made[name](prompts)
+                            warm.add(name)
+                        timing = made[name](prompts)
+                    except Exception as error:
+                        if name.startswith("ours"):
+                            raise
+                        said = str(error).strip().splitlines() or [repr(error)]
+                        found["failed"][name] = said[0][:200]
+                        continue
+                    line = {"engine": name, "batch": batch, "repeat": repeat}
+                    line |= {"prefill": timing.prefill, "decode": timing.decode}
+                    line["text"] = timing.tokens[0][: subject.new]
+                    found["runs"].append(line)
+                    save()
+
+
+def widths(subject: ours.Subject, repeats: int, found: dict, save: Callable) -> None:
+    """Seconds of a call of T tokens, kinds and T taking turns."""
+    known = {(x["kind"], x["tokens"], x["repeat"]) for x in found["widths"]}
+    runs = {kind: ours.Wide(subject, kind) for kind in ours.KINDS}
+    warm = set()
+    for repeat in range(repeats):
+        for kind, run in runs.items():
+            for count in WIDTHS:
+                if (kind, count, repeat) in known:
+                    continue
+                if (kind, count) not in warm:
+                    run(count)
+                    warm.add((kind, count))
+                line = {"kind": kind, "tokens": count, "repeat": repeat}
+                found["widths"].append(line | {"seconds": run(count)})
+        save()
+
+
+def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the claim says, and what was measured."""
+    speed = {(line["engine"], line["batch"]): line["decode"] for line in found["table"]}
+    wide = {(line["kind"], line["tokens"]): line["seconds"] for line in found["costs"]}
+    lines = []
+
+    def bar(what: str, ours_: Any, theirs: list[Any], least: float) -> None:
+        known = [speed[key] for key in theirs if key in speed]
+        if ours_ in speed and known:
+            value = speed[ours_] / max(known)
+            lines.append(
+                {"what": what, "value": value, "bar": least, "held": value >= least}
+            )
+
+    for batch in (1, 8):
+        torch = [
+            (f"transformers float32 {how}", batch) for how in ("eager", "compiled")
+        ]
+        bar(
+            f"float32, batch {batch}, over transformers",
+            ("ours packed", batch),
+            torch,
+            2.0,
+        )
+    bar("float32 over llama.cpp f32", ("ours packed", 1), [("llama.cpp f32", 1)], 1.0)
+    bar("bfloat16 over plain float32", ("ours bfloat16", 1), [("ours plain", 1)], 2.0)
+    bar("int8 over llama.cpp q8_0", ("ours int8", 1), [("llama.cpp q8_0", 1)], 0.9)
+    value = wide["packed", 8] / wide["packed", 1]
+    what = "8 tokens over one, float32, at most"
+    lines.append({"what": what, "value": value, "bar": 1.5, "held": value <= 1.5})
+    return lines
+
+
+def table(found: dict[str, Any], sizes: dict[str, int], length: int, new: int) -> None:
+    """Medians and spread of every engine and batch; the cost of wide calls."""
+    groups: dict[tuple, list[dict]] = {}
+    for run in found["runs"]:
+        groups.setdefault((run["engine"], run["batch"]), []).append(run)
+    plain = next(
+        (r["text"] for r in found["runs"] if r["engine"] == "ours plain"), None
+    )
+    found["table"] = []
+    for (name, batch), runs in groups.items():
+        times = sorted(run["decode"] for run in runs)
+        middle = statistics.median(times)
+        line = {
+            "engine": name,
+            "batch": batch,
+            "runs": len(runs),
+            "prefill": batch * length / statistics.median(r["prefill"] for r in runs),
+            "decode": batch * new / middle,
+            "slowest": batch * new / times[-1],
+            "fastest": batch * new / times[0],
+            "same text": runs[0]["text"] == plain,
+        }
+        if (kind := name.removeprefix("ours ")) in sizes:
+            seconds = sizes[kind] / found["limits"]["bandwidth"]
+            line["of the limit"] = seconds * new / middle
+        found["table"].append(line)
+    found["costs"] = []
+    for kind in ours.KINDS:
+        for count in WIDTHS:
+            times = [
+                x["seconds"]
+                for x in found["widths"]
+                if (x["kind"], x["tokens"]) == (kind, count)
+            ]
+            seconds = statistics.median(times)
+            first = found["costs"][-(WIDTHS.index(count))] if count > 1 else None
+            over = seconds / first["seconds"] if first else 1.0
+            found["costs"].append(
+                {"kind": kind, "tokens": count, "seconds": seconds, "over one": over}
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures; 0 where it ran, whatever the bars say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a random toy model")
+    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--engines", nargs="+", metavar="NAME", help="by first letters")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
+    chosen = parser.parse_args(arguments)
+    output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
+    if chosen.smoke:
+        chosen.repeats, chosen.batches = 1, [1, 2]
+    subject = ours.toy() if chosen.smoke else ours.real(chosen.data, LENGTH, NEW)
+    every = engines(subject, chosen.threads)
+    if chosen.engines:
+        wanted = tuple(chosen.engines)
+        every = {name: x for name, x in every.items() if name.startswith(wanted)}
+    if not every:
+        parser.error("no engine begins so")
+    setting = {"length": subject.length, "new": subject.new, "smoke": chosen.smoke}
+    setting["threads"] = chosen.threads
+    found: dict[str, Any] = {"setting": setting, "runs": [], "widths": []}
+    found |= {"failed": {}, "native": native.status()}
+    if output.exists() and not chosen.fresh:
+        before = report.read(output)
+        found = before if before.get("setting") == setting else found
+    found["circumstances"] = circumstances(PACKAGES)
+
+    def save() -> None:
+        write_json(output, found)
+
+    small = 1 << 24 if chosen.smoke else 1 << 29
+    found["limits"] = {
+        "bandwidth of one thread": limits.bandwidth(1, small),
+        "bandwidth": limits.bandwidth(chosen.threads, small),
+        "products": limits.products(256 if chosen.smoke else 2048),
+    }
+    save()
+    compare(subject, every, chosen.batches, chosen.repeats, found, save)
+    widths(subject, chosen.repeats, found, save)
+    if "losses" not in found:
+        found["losses"] = ours.losses(subject)
+    sizes = {kind: tree.size(params) for kind, params in subject.params.items()}
+    found["bytes"] = sizes
+    table(found, sizes, subject.length, subject.new)
+    found["bars"] = bars(found)
+    save()
+    report.show(found)
+    if not chosen.smoke:
+        report.plot(found, output.with_suffix(".png"))
+    jax.clear_caches()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

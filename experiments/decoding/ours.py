@@ -1,0 +1,169 @@
+"""What the decoding benchmark measures of the library."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax import decode, score
+from collab_jax.io.load import Model, load
+from collab_jax.lm import LM, language_model
+from collab_jax.models import transformer
+from collab_jax.models.config import from_hf
+from collab_jax.models.packed import KINDS as PACKED
+from collab_jax.models.packed import pack
+
+NAME = "smollm2-135m-instruct"
+KINDS = "plain", *PACKED
+TEXT = """The harbour wakes before the town does. At four the first boats come in with
+their lamps still lit, and the men who wait on the quay count the crates aloud so that
+nobody can say later that there were fewer. By six the market is loud. A woman sells
+coffee from a cart, a boy carries ice, and two gulls quarrel over a fish that neither of
+them caught. When the sun stands above the lighthouse the prices begin to fall, because
+what is not sold by noon will feed the cats. In the afternoon the nets are mended and
+the boats painted, and in the evening, when the wind turns, everyone looks at the sky
+and says what the weather will be, and everyone says something else."""
+
+
+class Timing(NamedTuple):
+    """One generation."""
+
+    prefill: float  # seconds until the first new token can be computed
+    decode: float  # seconds of the new tokens
+    tokens: list[list[int]]  # the new ones of every row
+
+
+class Subject(NamedTuple):
+    """A model in all its kinds, and what it reads."""
+
+    lm: LM
+    params: dict[str, Any]  # by kind
+    prompt: list[int]  # as many tokens as the widest batch of prompts needs
+    length: int  # tokens of a prompt
+    new: int
+    texts: list[list[int]]  # on which the loss by rounding is measured
+    model: Model | None  # None for the toy
+
+    def prompts(self, batch: int) -> list[list[int]]:
+        """Unlike prompts of one length."""
+        return [self.prompt[b : b + self.length] for b in range(batch)]
+
+
+def real(data: str | None, length: int, new: int) -> Subject:
+    """SmolLM2-135M in float32."""
+    model = load(NAME, dtype=jnp.float32)
+    params = {"plain": model.params} | {k: pack(model.params, k) for k in PACKED}
+    words = model.tokenizer(TEXT).input_ids
+    prompt = (words * (2 * (length + 64) // len(words) + 1))[: length + 64]
+    texts = [words] if data is None else _texts(Path(data), model.tokenizer)
+    return Subject(model.lm, params, prompt, length, new, texts, model)
+
+
+def toy() -> Subject:
+    """A random Llama; bytes are its tokens."""
+    raw = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32}
+    raw |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = from_hf(raw | {"tie_word_embeddings": True})
+    params = transformer.init(jax.random.key(0), config)
+    kinds = {"plain": params} | {kind: pack(params, kind) for kind in PACKED}
+    words = list(TEXT.encode())
+    lm = language_model(transformer.transformer(config))
+    return Subject(lm, kinds, words[:96], 33, 4, [words[:60]], None)
+
+
+def _texts(folder: Path, tokenizer: Any) -> list[list[int]]:
+    """Worked answers of GSM8K, and the texts that Spec-Bench wants summarised."""
+    import json
+
+    found = []
+    path = folder / "gsm8k" / "test.jsonl"
+    for line in path.read_text("utf-8").splitlines()[:32]:
+        row = json.loads(line)
+        found.append(f"{row['question']}\n{row['answer']}")
+    path = folder / "spec_bench" / "question.jsonl"
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    long = [row["turns"][0] for row in rows if row["category"] == "summarization"]
+    return [tokenizer(text).input_ids[:512] for text in found + long[:8]]
+
+
+class Ours:
+    """Greedy decoding; programs are compiled at the first call of a shape."""
+
+    def __init__(self, subject: Subject, kind: str) -> None:
+        """Decodes with the parameters of a kind."""
+        self.params = subject.params[kind]
+        decoder = decode.greedy(subject.lm, subject.new)
+
+        def rest(params, state):
+            return jax.lax.fori_loop(
+                0, subject.new, lambda _, state: decoder.step(params, state), state
+            )
+
+        self.start = jax.jit(decoder.init)
+        self.rest = jax.jit(rest, donate_argnums=1)
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Timing:
+        """Generates once."""
+        prompt, length = decode.pad(prompts)
+        begin = time.perf_counter()
+        state = self.start(self.params, prompt, length, jax.random.key(0))
+        jax.block_until_ready(state.tokens)
+        middle = time.perf_counter()
+        state = jax.block_until_ready(self.rest(self.params, state))
+        end = time.perf_counter()
+        tokens = np.asarray(state.tokens)[:, len(prompts[0]) :]
+        return Timing(middle - begin, end - middle, tokens.tolist())
+
+
+class Wide:
+    """A call of T tokens behind a prompt, in a loop: what verifying a draft costs."""
+
+    ROUNDS = 16
+
+    def __init__(self, subject: Subject, kind: str) -> None:
+        """Reads with the parameters of a kind."""
+        self.params, self.lm, self.length = subject.params[kind], subject.lm, 128
+        lm = self.lm
+
+        def rounds(params, state, tokens):
+            def one(_, carry):
+                state, tokens = carry
+                out, state = lm.extend(params, state, tokens)
+                best = out.logits.argmax(-1).astype(tokens.dtype)
+                return lm.rewind(state, jnp.array([tokens.shape[1]])), best
+
+            return jax.lax.fori_loop(0, self.ROUNDS, one, (state, tokens))[1]
+
+        self.run = jax.jit(rounds)
+
+    def __call__(self, count: int) -> float:
+        """Seconds of a call of `count` tokens."""
+        state = self.lm.init(self.params, 1, self.length + 32)
+        state = state._replace(length=state.length + self.length)
+        tokens = jnp.ones((1, count), jnp.int32)
+        begin = time.perf_counter()
+        jax.block_until_ready(self.run(self.params, state, tokens))
+        return (time.perf_counter() - begin) / self.ROUNDS
+
+
+def losses(subject: Subject) -> dict[str, float]:
+    """Nats a token of the texts, by kind of weights."""
+    width = max(map(len, subject.texts))
+    run = jax.jit(score.score, static_argnums=(0, 4))
+    found = {}
+    for kind in KINDS:
+        total, count = 0.0, 0
+        for text in subject.texts:
+            row = np.zeros((1, width), np.int32)
+            row[0, : len(text)] = text
+            scores = run(
+                subject.lm, subject.params[kind], row, np.array([len(text)]), 128
+            )
+            total -= float(np.asarray(scores.logprob)[0, 1 : len(text)].sum())
+            count += len(text) - 1
+        found[kind] = total / count
+    return found

@@ -1,0 +1,140 @@
+// Random products through every instruction set of this processor, compared with sums
+// in double; for the sanitizers. Every array ends where its memory ends.
+//
+// `fuzz N SEED` runs N products; status 1 where one is wrong. With a third argument the
+// expected sums are spoilt, and every product has to be found wrong.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "product.h"
+
+using namespace collab_jax;
+
+// What avx512 does, in vectors that this processor need not have.
+namespace collab_jax {
+namespace wide {
+typedef int32_t Wide __attribute__((vector_size(64)));
+static INLINE Wide widen(const int8_t* p) {
+  Wide found;
+  for (int i = 0; i < 16; ++i) found[i] = p[i];
+  return found;
+}
+#define LANES 16
+#define FEW 8
+#define WIDEN(p) widen(p)
+#include "panel.inc"
+}  // namespace wide
+}  // namespace collab_jax
+
+namespace {
+
+// Memory of exactly so many bytes, anywhere that the type may lie.
+template <typename T>
+struct Exact {
+  explicit Exact(int64_t count) : data(static_cast<T*>(std::malloc(count * sizeof(T)))) {}
+  Exact(const Exact&) = delete;
+  ~Exact() { std::free(data); }
+  T* data;
+};
+
+float widened(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Fuzz {
+  std::mt19937 random;
+  bool spoilt;
+
+  int64_t upto(int64_t most) { return random() % (most + 1); }
+  float normal() { return std::normal_distribution<float>()(random); }
+
+  // One product of random sizes; whether it is right.
+  bool one(Set set, Type type, int64_t threads, Panel other) {
+    const int64_t rows = upto(upto(8) ? 18 : 120), depth = upto(upto(4) ? 70 : 600);
+    const int64_t width = upto(upto(4) ? 100 : 700), panels = (width + PANEL - 1) / PANEL;
+    const int64_t size = panels * depth * PANEL;
+    Exact<float> x(rows * depth), scale(width), y(rows * width);
+    Exact<char> w(size * bytes_of(type));
+    std::vector<double> value(size);
+    for (int64_t i = 0; i < rows * depth; ++i) x.data[i] = normal();
+    for (int64_t i = 0; i < width; ++i) scale.data[i] = 0.5f + upto(8);
+    for (int64_t i = 0; i < rows * width; ++i) y.data[i] = NAN;
+    for (int64_t i = 0; i < size; ++i) {
+      const float draw = normal();
+      if (type == Type::float32) {
+        std::memcpy(w.data + 4 * i, &draw, 4);
+        value[i] = draw;
+      } else if (type == Type::bfloat16) {
+        uint32_t bits;
+        std::memcpy(&bits, &draw, 4);
+        const uint16_t half = bits >> 16;
+        std::memcpy(w.data + 2 * i, &half, 2);
+        value[i] = widened(half);
+      } else {
+        w.data[i] = int8_t(upto(255) - 128);
+        value[i] = w.data[i];
+      }
+    }
+    const bool scaled = type == Type::int8;
+    if (other) {
+      for (int64_t p = 0; p < panels; ++p)
+        other(x.data, rows, depth, w.data + p * depth * PANEL * bytes_of(type),
+              scaled ? scale.data + p * PANEL : nullptr, y.data + p * PANEL, width,
+              std::min<int64_t>(width - p * PANEL, PANEL));
+    } else {
+      std::vector<std::thread> helpers;
+      compute(set, type, depth,
+              {{x.data, rows, w.data, scaled ? scale.data : nullptr, y.data, width}},
+              threads, [&](auto task) { helpers.emplace_back(std::move(task)); });
+      for (std::thread& helper : helpers) helper.join();
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < width; ++n) {
+        double sum = spoilt ? 1 : 0, size_of_sum = 0;
+        for (int64_t k = 0; k < depth; ++k) {
+          const double term =
+              x.data[r * depth + k] *
+              value[(n / PANEL * depth + k) * PANEL + n % PANEL];
+          sum += term;
+          size_of_sum += std::fabs(term);
+        }
+        const double factor = scaled ? scale.data[n] : 1;
+        const double gap = std::fabs(y.data[r * width + n] - sum * factor);
+        if (!(gap <= 3e-6 * size_of_sum * factor)) {
+          if (!spoilt)
+            std::printf("set %d, type %d, %ld x %ld x %ld: [%ld, %ld] is %g, not %g\n",
+                        int(set), int(type), long(rows), long(depth), long(width),
+                        long(r), long(n), y.data[r * width + n], sum * factor);
+          return false;
+        }
+      }
+    return rows * width == 0 ? !spoilt : true;
+  }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int runs = count > 1 ? std::atoi(arguments[1]) : 100;
+  Fuzz fuzz{std::mt19937(count > 2 ? std::atoi(arguments[2]) : 0), count > 3};
+  int wrong = 0, total = 0;
+  for (int run = 0; run < runs; ++run)
+    for (Type type : {Type::float32, Type::bfloat16, Type::int8}) {
+      for (Set set : {Set::best, Set::generic, Set::avx2, Set::avx512, Set::neon}) {
+        if (!supports(set)) continue;
+        wrong += !fuzz.one(set, type, 1 + fuzz.upto(3), nullptr);
+        ++total;
+      }
+      wrong += !fuzz.one(Set::best, type, 1, wide::panel_of(type));
+      ++total;
+    }
+  std::printf("%d of %d products are wrong\n", wrong, total);
+  return wrong == (fuzz.spoilt ? total : 0) ? 0 : 1;
+}
