@@ -1,5 +1,6 @@
 """What every test shares: the devices, and which tests this environment can run."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -41,6 +42,13 @@ def pytest_unconfigure(config):
     del config
     if PROGRAMS:
         PROGRAMS.cleanup()
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: the garbage collector looks at it no more."""
+    del session
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config):
