@@ -6,6 +6,7 @@ Texts of unequal length are padded on the right, and padding is never attended t
 Shapes: B rows, T tokens, W width of the hidden states, H heads, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -171,9 +172,12 @@ def init(key: jax.Array, config: EncoderConfig, dtype: Any = jnp.float32) -> Par
     >>> params["layers_0"]["mlp"]["up"]["kernel"].shape
     (8, 16)
     """
-    module = Stack(config, dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: module.init(key, tokens)["params"])(key)
+    return _drawn(key, config, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once a configuration
+def _drawn(key, config, dtype):
+    return Stack(config, dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def mean_of_tokens(hidden: jax.Array, length: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary,
 of the hidden states, H key-value heads, K size of a head.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -201,9 +202,12 @@ def init(key: jax.Array, config: Config, dtype: Any = jnp.float32) -> Params:
     >>> params["layers_0"]["attention"]["q"]["kernel"].shape
     (8, 8)
     """
-    module = Decoder(config, dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: module.init(key, tokens)["params"])(key)
+    return _drawn(key, config, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once a configuration
+def _drawn(key, config, dtype):
+    return Decoder(config, dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def transformer(
