@@ -68,6 +68,15 @@ def written():
     return small.Batch(tokens, weights)
 
 
+def one_program(function, model, own, **rest):
+    """`function(BACKBONE, model, own, BASE, BATCH, **rest)`, jitted."""
+    run = jax.jit(lambda own, base: function(BACKBONE, model, own, base, BATCH, **rest))
+    return run(own, BASE)
+
+
+BATCH = written()
+
+
 def test_new_heads_are_columns_of_the_model():
     vocabulary = dv.draft_vocabulary([7, 0, 5], V)
     heads = medusa(BACKBONE, 2, output=narrowed(vocabulary))
@@ -123,23 +132,27 @@ def test_the_law_of_a_draft_is_wide():
 
 def test_all_tokens_are_no_restriction():
     """The loss and the accuracies of heads with a matrix for all tokens."""
-    batch = written()
     heads, own = heads_over(EVERY)
     whole = medusa(BACKBONE, 3, output=separate)
     for function in pt.heads_loss, pt.accuracies:
-        found = function(BACKBONE, heads, own, BASE, batch)
-        want = function(BACKBONE, whole, own, BASE, batch)
+        found = one_program(function, heads, own)
+        want = one_program(function, whole, own)
         np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 def test_tokens_that_are_not_drafted_do_not_count():
     """The loss of heads is that of the other tokens; they have no rank."""
-    batch, vocabulary = written(), dv.draft_vocabulary(range(0, V, 2), V)
+    vocabulary = dv.draft_vocabulary(range(0, V, 2), V)
     heads, own = heads_over(vocabulary)
-    targets, weights = pt._ahead(batch, 3)
-    x = BACKBONE.embed(BASE, batch.tokens[:, :-1])
-    hidden = BACKBONE.features(BASE, None, x)[0].hidden
-    logits = np.float64(heads.apply(own, BASE, hidden))
+    targets, weights = pt._ahead(BATCH, 3)
+
+    @jax.jit
+    def read(own, base):
+        x = BACKBONE.embed(base, BATCH.tokens[:, :-1])
+        hidden = BACKBONE.features(base, None, x)[0].hidden
+        return heads.apply(own, base, hidden)
+
+    logits = np.float64(read(own, BASE))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     listed = list(vocabulary.tokens)
     total, whole, every, first = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3)
@@ -151,54 +164,44 @@ def test_tokens_that_are_not_drafted_do_not_count():
             whole[i] += weight
             first[i] += weight * (log_p[place].argmax() == listed.index(token))
     want = (total / whole * 0.8 ** np.arange(1, 4)).sum()
-    found = pt.heads_loss(BACKBONE, heads, own, BASE, batch, chunk=4)
+    found = one_program(pt.heads_loss, heads, own, chunk=4)
     assert float(found) == pytest.approx(want, rel=1e-5)
     assert (whole < every).all()
-    shares = pt.accuracies(BACKBONE, heads, own, BASE, batch, ranks=len(listed))
+    shares = one_program(pt.accuracies, heads, own, ranks=len(listed))
     np.testing.assert_allclose(shares[:, 0], first / every, atol=1e-6)
     np.testing.assert_allclose(shares.sum(1), whole / every, rtol=1e-5)
 
 
 def test_a_feature_layer_over_all_tokens_is_the_plain_one():
-    batch = written()
     layer, plain = extrapolator(small.CONFIG, vocabulary=EVERY), small.LAYER
     own = layer.init(jax.random.key(1), BASE)
     assert own["head"]["kernel"].shape == (small.WIDTH, V)
     bare = {name: leaf for name, leaf in own.items() if name != "head"}
     arguments = {"steps": 2, "law_weight": 0.7}
-    found = feature_training.extrapolation_loss(
-        BACKBONE, layer, own, BASE, batch, **arguments
-    )
-    want = feature_training.extrapolation_loss(
-        BACKBONE, plain, bare, BASE, batch, **arguments
-    )
+    loss = feature_training.extrapolation_loss
+    found = one_program(loss, layer, own, **arguments)
+    want = one_program(loss, plain, bare, **arguments)
     np.testing.assert_allclose(found, want, rtol=1e-5)
     for ranks in 1, 4:
-        np.testing.assert_allclose(
-            *(
-                feature_training.accuracies(
-                    BACKBONE, one, params, BASE, batch, steps=2, ranks=ranks
-                )
-                for one, params in ((layer, own), (plain, bare))
-            ),
-            atol=1e-6,
-        )
+        shares = [
+            one_program(feature_training.accuracies, *one, steps=2, ranks=ranks)
+            for one in ((layer, own), (plain, bare))
+        ]
+        np.testing.assert_allclose(*shares, atol=1e-6)
 
 
 def test_a_feature_layer_learns_what_it_drafts():
     """Its loss is the conditional law's where the best token is drafted."""
-    batch, vocabulary = written(), dv.draft_vocabulary(range(0, V, 2), V)
+    vocabulary = dv.draft_vocabulary(range(0, V, 2), V)
     layer = extrapolator(small.CONFIG, vocabulary=vocabulary)
     own = random(layer.init(jax.random.key(1), BASE))
-    found = feature_training.extrapolation_loss(
-        BACKBONE, layer, own, BASE, batch, feature_weight=0.0, law_weight=1.0, chunk=4
-    )
-    guesses, hidden, _ = feature_training._guesses(
-        BACKBONE, layer, own, BASE, batch, 1, 0.0, None
-    )
+    loss = feature_training.extrapolation_loss
+    found = one_program(loss, layer, own, feature_weight=0.0, law_weight=1.0, chunk=4)
+    rest = {"steps": 1, "noise": 0.0, "key": None}
+    guesses, hidden, _ = one_program(feature_training._guesses, layer, own, **rest)
     laws = np.float64(BACKBONE.unembed(BASE, hidden))
     z = np.float64(layer.unembed(own, BASE, guesses[:, :, 0]))
-    listed, weights = np.array(vocabulary.tokens), batch.weights[:, 1:]
+    listed, weights = np.array(vocabulary.tokens), BATCH.weights[:, 1:]
     p = np.exp(laws[..., listed])
     log_q = z - np.log(np.exp(z).sum(-1, keepdims=True))
     cross = -(p / p.sum(-1, keepdims=True) * log_q).sum(-1)
@@ -207,10 +210,7 @@ def test_a_feature_layer_learns_what_it_drafts():
     want = (weights * cross * counts).sum() / weights.sum()
     assert float(found) == pytest.approx(want, rel=1e-5)
 
-    def loss(own):
-        return feature_training.extrapolation_loss(BACKBONE, layer, own, BASE, batch)
-
-    gradient = jax.grad(loss)(own)
+    gradient = one_program(jax.grad(loss, argnums=2), layer, own)
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
@@ -232,7 +232,7 @@ def test_training_reaches_the_output_matrix():
     heads, own = heads_over(few())
     tuner = pt.heads_tuner(BACKBONE, heads, optax.adam(1e-2))
     run = {"base": BASE, "batch_size": 2, "epochs": 6, "progress": False}
-    after, history = finetune.fit(tuner, own, written(), **run)
+    after, history = finetune.fit(tuner, own, BATCH, **run)
     assert history[-1] < history[0]
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), own, after)
     assert all(jax.tree.leaves(moved))
