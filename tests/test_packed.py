@@ -213,7 +213,7 @@ def test_wrong_arguments():
         pack(params, "int4")
     for number in jnp.inf, jnp.nan:
         with pytest.raises(
-            ValueError, match="^up/kernel holds numbers that are not fin"
+            ValueError, match=r"^up/kernel holds numbers that are not fin"
         ):
             pack({"up": {"kernel": jnp.ones((4, 6)).at[1, 2].set(number)}}, "int8")
     with pytest.raises(ValueError, match="is packed and cannot be packed again"):
