@@ -8,7 +8,7 @@ Command: python experiments/multihost.py [--smoke] [--model NAME] [--devices D]
 On a pod, on every host: python experiments/multihost.py --worker [--model NAME]
 [--tensor M] [--output FILE] [--shared FOLDER], where the hosts find each other; else
 with --coordinator HOST:PORT --processes N --process I too. FOLDER is seen by all hosts.
-Hardware: two CPU cores, 10 GiB, ten minutes with SmolLM2-135M (`--smoke`: half a minute,
+Hardware: two CPU cores, 10 GiB, ten minutes, SmolLM2-135M (`--smoke`: half a minute,
 a random toy model and half of the parts).
 Expected: everything equal.
 """
