@@ -1,11 +1,11 @@
 """Targets and proposers over one model, by name, for the cross of both."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from joining.member import shortened
 from speculating.subject import Subject
 
 from collab_jax import combine, pool, warp
@@ -47,15 +47,7 @@ class Source(NamedTuple):
 
 def cut(subject: Subject, layers: int) -> tuple[Any, Any]:
     """The first layers with the last norm and the head, as a model: config, params."""
-    config = dataclasses.replace(
-        subject.config,
-        layers=layers,
-        rotary=subject.config.rotary[:layers],
-        windows=subject.config.windows[:layers],
-        sparse=subject.config.sparse[:layers],
-    )
-    gone = {f"layers_{i}" for i in range(layers, subject.config.layers)}
-    return config, {k: v for k, v in subject.params.items() if k not in gone}
+    return shortened(subject.config, subject.params, range(layers))
 
 
 def noisy(params: Any, seed: int, scale: float) -> Any:
