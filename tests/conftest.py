@@ -13,7 +13,7 @@ import pytest
 # loops are also written without MLIR, and LLVM reads each program in one piece, which
 # halves what is left; of later versions these switches are not known. XLA's own passes
 # stay, but for some copies: a test that reads what was compiled takes `for_users` of
-# tests/compiled.py. `XLA_FLAGS= pytest` tests what users run, in more than twice the time.
+# tests/compiled.py. `XLA_FLAGS= pytest` tests what users run, in over twice the time.
 FLAGS = "--xla_backend_optimization_level=0"
 if jaxlib.__version__.startswith("0.10."):
     FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
