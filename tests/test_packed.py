@@ -23,11 +23,10 @@ from collab_jax.models.marian_config import MarianConfig
 from collab_jax.models.packed import Packed, pack, unpack
 
 KINDS = "packed", "bfloat16", "int8"
-# a tied embedding and biases; soft-caps; learned positions; experts, untied
+# a tied embedding and biases; learned positions; experts, untied
 CASES = [
     ("llama3_tied_biased", "packed"),
-    ("gemma2", "bfloat16"),
-    ("gpt2", "packed"),
+    ("gpt2", "bfloat16"),
     ("qwen3_moe", "int8"),
 ]
 
@@ -120,6 +119,7 @@ def test_int8_rounds_by_half_a_step():
     np.testing.assert_allclose(largest, np.abs(matrix).max(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_laws_of_an_lm():
     small = model()
     testing.check_lm(small.lm, pack(small.params, "int8"), 258, batch=2, jit=True)
@@ -155,8 +155,9 @@ def test_an_adapter_over_packed_kernels():
     adapter = lora.init(jax.random.key(1), params, 2)
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
     tokens, lm = jnp.array([[5, 6, 7]]), model().lm
+    extend = jax.jit(lm.extend)
     found, wanted = (
-        lm.extend(lora.apply(tree_, adapter, 0.5), lm.init(params, 1, 8), tokens)[0]
+        extend(lora.apply(tree_, adapter, 0.5), lm.init(params, 1, 8), tokens)[0]
         for tree_ in (pack(params), params)
     )
     same(found.logits, wanted.logits)
@@ -213,7 +214,7 @@ def test_wrong_arguments():
         pack(params, "int4")
     for number in jnp.inf, jnp.nan:
         with pytest.raises(
-            ValueError, match=r"^up/kernel holds numbers that are not fin"
+            ValueError, match="up/kernel holds numbers that are not fin"
         ):
             pack({"up": {"kernel": jnp.ones((4, 6)).at[1, 2].set(number)}}, "int8")
     with pytest.raises(ValueError, match="is packed and cannot be packed again"):
