@@ -9,16 +9,16 @@ Command: python experiments/context_conflict.py [--smoke] [--data DIR] [--rows N
 [--output FILE] [--fresh]; a run that was stopped is taken up again.
 Data: DIR or $COLLAB_JAX_DATA holds true_false/{capitals,companies}_true_false.csv of
 https://github.com/balevinstein/Probes. Without it, six capitals of joining/data.py.
-Hardware: two idle CPU cores, 4 GiB; estimated at 13 minutes for 12 rows of each of
-eight groups (`--smoke`: seconds, a random toy model).
-Expected: not run whole yet in this form. With nothing of the answer given, behind a
-bare "Answer:", and without the control, it was (November 2026; 24 subjects; mean, and
-95 percent over subjects): a false context is followed in 0.77 of the answers, without
-it memory says the same in 0.42; alpha 0.5 adds 0.04 (0.00 to 0.10), 1 adds 0.08 (0.00
-to 0.19), 2 adds 0.19 (0.08 to 0.31): only the last is told apart from 0. Log odds rise
-from 3.6 nats to 6.0, 8.6 and 14.1. AdaCAD in bits adds 1.7 nats (1.3 to 2.1) to a false
-context, 0.4 (-0.1 to 1.0) more than to a true one; where the context is true it is
-right in 0.88 of the answers, and alpha 2 in 0.92: not told apart.
+Hardware: two CPU cores, 4 GiB; 20 minutes while the machine was busy, for 12 rows of
+each of eight groups (`--smoke`: seconds, a random toy model).
+Expected: (November 2026; 24 subjects; mean, and 95 percent over subjects) a false
+context is followed in 0.79 of the answers, without it memory says the same in 0.29;
+alpha 0.5 adds 0.10 (0.00 to 0.23), 1 and 2 add 0.21 (0.08 to 0.38): to 1.00. Log odds
+rise from 4.5 nats to 8.6, 12.9 and 22.0; a context that says nothing of the question
+moves them by 1.2. AdaCAD in bits adds 3.8 nats (3.0 to 4.6) to a false context, 1.8
+(0.8 to 2.9) more than to a true one. Not told apart: that more than half of what it
+knows gives way (0.71), alpha 0.5 from 0, and AdaCAD from alpha 2 where the context is
+true (both are right always).
 
 A question asks for the country of a city or a company. The context contradicts: it
 names another country, alone or after three true sentences on others; or it agrees: it
