@@ -134,10 +134,17 @@ def took(kind: str, pair: tuple[Side, Side], folder: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         jax.block_until_ready(make())
         seconds = round(time.perf_counter() - begin, 3)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found = {"seconds": seconds, "peak": peak}
+    found = {"seconds": seconds, "peak": peak()}
     return found | {"cached": bool(before) and there() == before}
+
+
+def peak() -> int:
+    """Bytes of this process at most so far; `ru_maxrss` has those of its parent too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def bridges(
