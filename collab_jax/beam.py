@@ -12,7 +12,7 @@ L = P + N, V vocabulary.
 import enum
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,33 +96,21 @@ def largest(
     return values, jnp.minimum(index, width - 1)  # padding is only reached as -inf
 
 
-def _select(beams: Beams, place: jax.Array) -> Beams:
-    """Gathers beams: `place` is `[B, K2]`."""
+def best_of(first: Any, second: Any, count: int) -> Any:
+    """The best `count` beams of two sets; among equals those of the first go first.
 
-    def pick(leaf):
-        index = place if leaf.ndim == 2 else place[:, :, None]
-        return jnp.take_along_axis(leaf, index, axis=1)
+    Args:
+      first: a NamedTuple of `[B, K, ...]` with a `score`.
+      second: another of that kind.
+      count: at most as many as there are.
 
-    return jax.tree.map(pick, beams)
-
-
-def _merge(first: Beams, second: Beams, count: int) -> Beams:
-    """The best `count` of both; among equals `first` goes first."""
+    >>> class Two(NamedTuple):
+    ...     score: jax.Array
+    >>> best_of(Two(jnp.array([[1.0]])), Two(jnp.array([[3.0, 2.0]])), 2).score.tolist()
+    [[3.0, 2.0]]
+    """
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
-    return _select(both, jax.lax.top_k(both.score, count)[1])
-
-
-def _put(buffer: jax.Array, values: jax.Array, length: jax.Array) -> jax.Array:
-    """Writes `values [B, C]` into `[B, C, N]`, behind the first `length [B, C]`."""
-    here = jnp.arange(buffer.shape[-1]) == length[:, :, None]
-    return jnp.where(here, values[:, :, None].astype(buffer.dtype), buffer)
-
-
-def _last(beams: Beams, before) -> jax.Array:
-    """The last token of each beam, `[B, K]`; `before` where it has none yet."""
-    slot = jnp.maximum(beams.length - 1, 0)[:, :, None]
-    token = jnp.take_along_axis(beams.tokens, slot, axis=2)[:, :, 0]
-    return jnp.where(beams.length == 0, before, token)
+    return slots.select(both, jax.lax.top_k(both.score, count)[1])
 
 
 def _penalised(score: jax.Array, length: jax.Array, length_penalty) -> jax.Array:
@@ -240,19 +228,19 @@ def search(
         score, index = largest(total.reshape(batch, -1), count)
         parent, token = index // vocab, index % vocab
         rows = jnp.arange(batch)[:, None]
-        old = _select(running, parent)
+        old = slots.select(running, parent)
         return Beams(
             score,
             old.length + 1,
-            _put(old.tokens, token, old.length),
-            _put(old.logprob, log_p[rows, parent, token], old.length),
-            _put(old.entropy, law.entropy(log_p)[rows, parent], old.length),
+            slots.put(old.tokens, token, old.length),
+            slots.put(old.logprob, log_p[rows, parent, token], old.length),
+            slots.put(old.entropy, law.entropy(log_p)[rows, parent], old.length),
             old.stop if stop is None else stop.advance(old.stop, token),
         ), parent
 
     def ends_here(grown) -> jax.Array:
         """Which candidates cannot run on, [B, C]."""
-        ended = (_last(grown, 0)[:, :, None] == ends).any(-1)
+        ended = (slots.last(grown.tokens, grown.length, 0)[:, :, None] == ends).any(-1)
         ended |= grown.length >= max_new_tokens
         return ended if stop is None else ended | stop.accept[grown.stop]
 
@@ -269,7 +257,7 @@ def search(
     def step(params, state):
         own, done = state.own, state.done
         batch = done.shape[0]
-        token = _last(own.running, own.last[:, None])
+        token = slots.last(own.running.tokens, own.running.length, own.last[:, None])
         out, inner = lm.extend(params, state.lm, token.reshape(-1, 1))
         inner = lm.rewind(inner, jnp.repeat(done.astype(jnp.int32), beams))
         log_p = measure(out.logits[:, 0]).reshape(batch, beams, -1)
@@ -280,10 +268,10 @@ def search(
         score = _penalised(grown.score, grown.length, length_penalty)
         first = jnp.arange(over.shape[1]) < beams
         final = grown._replace(score=jnp.where(over & first, score, -jnp.inf))
-        ended = _merge(own.ended, final, beams)
+        ended = best_of(own.ended, final, beams)
         score = jnp.where(over, -jnp.inf, grown.score)
         score, place = jax.lax.top_k(score, beams)
-        running = _select(grown, place)._replace(score=score)
+        running = slots.select(grown, place)._replace(score=score)
         parent = jnp.take_along_axis(parent, place, axis=1)
 
         broken = (invalid.any(-1) & ~jnp.isneginf(own.running.score)).any(-1)

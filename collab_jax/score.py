@@ -2,16 +2,17 @@
 
 Logits are read chunk by chunk, so that `[B, T, V]` never exists at once.
 
-Shapes: B rows, T tokens, V vocabulary.
+Shapes: B rows, T tokens, V vocabulary, M places of a chunk.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from collab_jax import law
-from collab_jax.lm import LM, Params, padded
+from collab_jax.lm import LM, Out, Params, padded
 
 
 class Scores(NamedTuple):
@@ -97,3 +98,68 @@ def perplexity(scores: Scores, length: jax.Array) -> jax.Array:
     [3.0]
     """
     return jnp.exp(-scores.logprob.sum(-1) / jnp.maximum(length - 1, 1))
+
+
+def read_together(
+    members: Sequence[LM],
+    params: Sequence[Params],
+    tokens: jax.Array,
+    length: jax.Array,
+    chunk: int,
+    note: Callable[[list[Out], jax.Array, jax.Array], Any],
+) -> Iterator[Any]:
+    """What is to be kept of the outputs of several LMs, chunk by chunk.
+
+    Args:
+      members: N LMs, which read the same tokens.
+      params: of each.
+      tokens: `[B, T]` int32, right-padded.
+      length: `[B]` int32.
+      chunk: tokens of each row that are read at a time, `M = B * chunk` places.
+      note: of the N outputs, the tokens that stand behind their places `[B, chunk]`,
+        and weights `[M]`, 0 where none does; its results are yielded.
+
+    >>> from collab_jax.models import table
+    >>> lm, params = table.language_model(1), jnp.zeros((4, 3))
+    >>> text = jnp.array([[0, 1, 2]]), jnp.array([2])
+    >>> found = read_together([lm], [params], *text, 128, lambda _, *told: told)
+    >>> [(targets.tolist(), weights.tolist()) for targets, weights in found]
+    [([[1, 2, 2]], [1.0, 0.0, 0.0])]
+    """
+    batch, width = tokens.shape
+    total = padded(width, chunk)
+    chunk = min(chunk, total)
+    tokens = jnp.pad(tokens, ((0, 0), (0, total + 1 - width)), mode="edge")
+
+    @jax.jit
+    def read(params: Sequence[Params], states: Any, start: Any) -> tuple[Any, Any]:
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk + 1, axis=1)
+        outs, after = [], []
+        for lm, own, state in zip(members, params, states, strict=True):
+            out, state = lm.extend(own, state, piece[:, :-1])
+            outs.append(out)
+            after.append(state)
+        known = start + 1 + jnp.arange(chunk) < length[:, None]
+        weights = known.reshape(-1).astype(jnp.float32)
+        return note(outs, piece[:, 1:], weights), after
+
+    states = [
+        lm.init(own, batch, total) for lm, own in zip(members, params, strict=True)
+    ]
+    for start in range(0, total, chunk):
+        found, states = read(params, states, start)
+        yield found
+
+
+def mean_over(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The weighted mean of places; a place of weight 0 may be infinite.
+
+    Args:
+      values: `[M]`.
+      weights: `[M]`; their sum counts as 1 where it is less.
+
+    >>> mean_over(jnp.array([2.0, 4.0, jnp.inf]), jnp.array([1.0, 1.0, 0.0])).item()
+    3.0
+    """
+    total = jnp.where(weights > 0, weights * values, 0.0).sum()
+    return total / jnp.maximum(weights.sum(), 1.0)

@@ -6,10 +6,14 @@ that nothing may read. Forgetting tokens is therefore only a smaller `length`. T
 nodes of a tree of continuations are written to slots `length .. length + N - 1` without
 making the row longer; `compact` keeps one path of them.
 
-Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, S slots.
+Beams have buffers of their own, one for each of K in a row, which are moved about.
+
+Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, S slots, K
+beams of a row.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,3 +154,60 @@ def compact(
     rows = jnp.arange(buffer.shape[0])[:, None]
     index = (rows, slot) if axis == 1 else (rows, slice(None), slot)
     return write(buffer, buffer[index], length, axis)
+
+
+def select(beams: Any, place: jax.Array) -> Any:
+    """Gathers beams, or lanes, of each row.
+
+    Args:
+      beams: a tree of `[B, K, ...]`.
+      place: `[B, K2]`, where each comes from.
+
+    Returns:
+      The tree with `[B, K2, ...]`.
+
+    >>> select(jnp.array([[5, 6, 7]]), jnp.array([[2, 2]])).tolist()
+    [[7, 7]]
+    """
+
+    def pick(leaf):
+        index = place.reshape(*place.shape, *(1,) * (leaf.ndim - 2))
+        return jnp.take_along_axis(leaf, index, axis=1)
+
+    return jax.tree.map(pick, beams)
+
+
+def put(
+    buffer: jax.Array, values: jax.Array, length: jax.Array, where: Any = True
+) -> jax.Array:
+    """Writes one value behind each beam.
+
+    Args:
+      buffer: `[B, K, N]`.
+      values: `[B, K]`.
+      length: `[B, K]`, entries of each.
+      where: `[B, K]` bool, which are written.
+
+    >>> buffer, values = jnp.zeros((1, 2, 2), int), jnp.array([[7, 8]])
+    >>> put(buffer, values, jnp.array([[0, 1]])).tolist()
+    [[[7, 0], [0, 8]]]
+    """
+    here = jnp.arange(buffer.shape[-1]) == length[:, :, None]
+    here &= jnp.broadcast_to(where, length.shape)[:, :, None]
+    return jnp.where(here, values[:, :, None].astype(buffer.dtype), buffer)
+
+
+def last(tokens: jax.Array, length: jax.Array, before: Any) -> jax.Array:
+    """The last token of each beam, `[B, K]`.
+
+    Args:
+      tokens: `[B, K, N]`.
+      length: `[B, K]`, tokens of each.
+      before: the token of a beam without any, `[B, 1]` or a number.
+
+    >>> last(jnp.array([[[4, 5], [6, 0]]]), jnp.array([[2, 0]]), 9).tolist()
+    [[5, 9]]
+    """
+    slot = jnp.maximum(length - 1, 0)[:, :, None]
+    token = jnp.take_along_axis(tokens, slot, axis=2)[:, :, 0]
+    return jnp.where(length == 0, before, token)

@@ -39,6 +39,7 @@ import jax
 import numpy as np
 from measuring.atomic import write_json
 from speculating import same
+from speculating.peer import torch_greedy
 from speculating.strategies import DRAFTED, cut
 from speculating.subject import NAME, Subject, real, texts, toy
 
@@ -141,29 +142,14 @@ def peer(subject: Subject, config: Any, small: Any) -> dict[str, Run]:
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
 
-    def run(**options):
-        def generate(prompts):
-            tokens = torch.tensor(np.array(prompts))
-            begin = time.perf_counter()
-            with torch.no_grad():
-                out = big.generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    do_sample=False,
-                    max_new_tokens=subject.new,
-                    eos_token_id=list(subject.eos),
-                    pad_token_id=subject.eos[0],
-                    **options,
-                )
-            seconds = time.perf_counter() - begin
-            return out[:, tokens.shape[1] :].tolist(), seconds
-
-        return generate
-
+    ways = {
+        "greedy": {},
+        "prompt lookup": {"prompt_lookup_num_tokens": subject.length},
+        "draft model": {"assistant_model": assistant},
+    }
     return {
-        "greedy": run(),
-        "prompt lookup": run(prompt_lookup_num_tokens=subject.length),
-        "draft model": run(assistant_model=assistant),
+        name: torch_greedy(big, subject, lambda options=options: options)
+        for name, options in ways.items()
     }
 
 

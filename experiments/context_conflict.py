@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from joining.data import SAID, facts
-from joining.laws import argued, as_target, equal_rows, swept
+from joining.laws import argued, as_target, equal_rows, same_with_drafts, swept
 from joining.member import SMOLLM2, Member, real, toy
 from joining.report import (
     Report,
@@ -330,11 +330,7 @@ def verdicts(seen: Seen, target: dict[str, Any]) -> list[Verdict]:
             f" nats of log odds; it moves them by "
             f"{more(SILENT, 'alpha 1', none).mean():.2f}",
         ),
-        Verdict(
-            "greedy text is the same with drafts",
-            f"{equal_rows(target)} of {target['rows']} rows",
-            equal_rows(target) == target["rows"],
-        ),
+        same_with_drafts("greedy text is the same with drafts", target),
     ]
 
 

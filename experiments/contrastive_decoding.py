@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from joining.data import prompts
-from joining.laws import as_target, equal_rows
+from joining.laws import as_target, equal_rows, same_with_drafts
 from joining.member import GEMMA, SMOLLM2, Member, real, toy
 from joining.report import (
     Report,
@@ -257,12 +257,9 @@ def verdicts(every: dict[str, list[Text]], targets: dict) -> list[Verdict]:
             )
         )
     for name, target in targets.items():
-        same = equal_rows(target)
         said.append(
-            Verdict(
-                f"greedy text is the same with drafts, amateur {name}",
-                f"{same} of {target['rows']} rows",
-                same == target["rows"],
+            same_with_drafts(
+                f"greedy text is the same with drafts, amateur {name}", target
             )
         )
     return said

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from joining.data import SAID, Text, facts, held_out
 from joining.heldout import ALONE, WEIGHTS, Held, fitted, held, table
-from joining.laws import argued, as_target, equal_rows, swept
+from joining.laws import argued, as_target, equal_rows, same_with_drafts, swept
 from joining.member import GEMMA, SMOLLM2, Member, real, spoken, toy
 from joining.report import (
     Report,
@@ -265,13 +265,8 @@ def verdicts(seen: Held, names: Sequence[str], found: dict[str, Any]) -> list[Ve
         )
     )
     for name, target in found["target"].items():
-        same = equal_rows(target)
         said.append(
-            Verdict(
-                f"greedy text of {name} is the same with drafts",
-                f"{same} of {target['rows']} rows",
-                same == target["rows"],
-            )
+            same_with_drafts(f"greedy text of {name} is the same with drafts", target)
         )
     return said
 

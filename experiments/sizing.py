@@ -93,8 +93,7 @@ def row(
     read = weights + cache / 2
     speed = chip.bandwidth * 1e9 * options.fraction
     flops = 2 * shape.parameters() * options.batch / count / (chip.products * 1e12)
-    merge = (options.experts + 2) * shape.parameters() * 2 / count
-    held = (options.experts + 2) * shape.parameters() * 2 / count
+    merge = (options.experts + 2) * shape.parameters() * 2 / count  # held, and moved
     return {
         "model": model,
         "slice": f"{count} x {device}",
@@ -104,7 +103,7 @@ def row(
         "ms a token": 1e3 * max(read / speed, flops),
         "tokens a second": options.batch / max(read / speed, flops),
         "bound by": "memory" if read / speed >= flops else "products",
-        "merge fits": held <= SPARE * chip.memory * 1e9,
+        "merge fits": merge <= SPARE * chip.memory * 1e9,
         "merge ms": 1e3 * merge / speed,
     }
 

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 
+from collab_jax.io import canonical
 from collab_jax.io.encoder_names import rules
 from collab_jax.models.encoder_config import from_hf
 
@@ -69,28 +70,25 @@ def config(name):
 
 def tensors(made):
     """Checkpoint tensors by name, drawn from their names."""
-    drawn = {}
-    for rule in rules(made):
+    return drawn(rules(made))
+
+
+def drawn(found):
+    """The tensors of some rules, drawn from their names; gains of norms are near 1."""
+    tensors = {}
+    for rule in found:
         for name, shape in zip(rule.names, rule.shapes, strict=True):
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             value = rng.normal(size=shape) * (0.3 if len(shape) == 2 else 0.2)
             if name.endswith("orm.weight"):
                 value += 1
-            drawn[name] = value.astype(np.float32)
-    return drawn
+            tensors[name] = value.astype(np.float32)
+    return tensors
 
 
 def params(made):
     """The params tree of the same weights."""
-    drawn, tree = tensors(made), {}
-    for rule in rules(made):
-        leaves = rule.load([drawn[name] for name in rule.names])
-        for path, leaf in zip(rule.paths, leaves, strict=True):
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = leaf
-    return tree
+    return canonical.tree_of(rules(made), tensors(made).__getitem__)
 
 
 def texts(made):

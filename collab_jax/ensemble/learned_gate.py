@@ -18,7 +18,8 @@ import optax
 
 from collab_jax.ensemble.gates import hidden
 from collab_jax.law import log_probs
-from collab_jax.lm import LM, Params, padded
+from collab_jax.lm import LM, Out, Params
+from collab_jax.score import mean_over, read_together
 
 
 class Recorded(NamedTuple):
@@ -66,36 +67,19 @@ def record(
     """
     if len(members) != 2:
         raise ValueError(f"{len(members)} members: a switch is between two models")
-    batch, width = tokens.shape
-    total = padded(width, chunk)
-    chunk = min(chunk, total)
-    tokens = jnp.pad(tokens, ((0, 0), (0, total + 1 - width)), mode="edge")
 
-    @jax.jit
-    def read(params: Sequence[Params], states: Any, start: Any) -> tuple[Recorded, Any]:
-        piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk + 1, axis=1)
-        targets = piece[:, 1:]
-        said, best, outs, after = [], [], [], []
-        for lm, own, state in zip(members, params, states, strict=True):
-            out, state = lm.extend(own, state, piece[:, :-1])
-            law = log_probs(out.logits)
-            token = jnp.take_along_axis(law, targets[..., None], axis=-1)[..., 0]
-            said.append(token.reshape(-1))
-            best.append((law.argmax(-1) == targets).reshape(-1))
-            outs.append(out)
-            after.append(state)
+    def note(outs: list[Out], targets: jax.Array, weights: jax.Array) -> Recorded:
+        laws = [log_probs(out.logits) for out in outs]
+        said = [
+            jnp.take_along_axis(law, targets[..., None], axis=-1).reshape(-1)
+            for law in laws
+        ]
+        best = [(law.argmax(-1) == targets).reshape(-1) for law in laws]
         states = key(outs[0].features)
-        known = start + 1 + jnp.arange(chunk) < length[:, None]
-        weights = known.reshape(-1).astype(jnp.float32)
         flat = states.reshape(-1, states.shape[-1]).astype(jnp.float32)
-        return Recorded(flat, said[0], said[1], jnp.stack(best, -1), weights), after
+        return Recorded(flat, said[0], said[1], jnp.stack(best, -1), weights)
 
-    states = [
-        lm.init(own, batch, total) for lm, own in zip(members, params, strict=True)
-    ]
-    for start in range(0, total, chunk):
-        found, states = read(params, states, start)
-        yield found
+    yield from read_together(members, params, tokens, length, chunk, note)
 
 
 def nats(weights: jax.Array, batch: Recorded) -> jax.Array:
@@ -119,7 +103,7 @@ def nats(weights: jax.Array, batch: Recorded) -> jax.Array:
             jax.nn.log_sigmoid(logit) + batch.other,
         ]
     )
-    return -_mean(jax.nn.logsumexp(both, axis=0), batch.weights)
+    return -mean_over(jax.nn.logsumexp(both, axis=0), batch.weights)
 
 
 def cross_entropy(weights: jax.Array, batch: Recorded) -> jax.Array:
@@ -142,12 +126,7 @@ def cross_entropy(weights: jax.Array, batch: Recorded) -> jax.Array:
     label = batch.best[:, 1] & ~batch.best[:, 0]
     logit = batch.hidden @ weights
     right = jnp.where(label, logit, -logit)
-    return -_mean(jax.nn.log_sigmoid(right), batch.weights)
-
-
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    total = jnp.where(weights > 0, weights * values, 0.0).sum()
-    return total / jnp.maximum(weights.sum(), 1.0)
+    return -mean_over(jax.nn.log_sigmoid(right), batch.weights)
 
 
 def fit(

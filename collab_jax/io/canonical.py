@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from collab_jax.io.layout import Checkpoint, missing
 from collab_jax.io.names import Rule, rules
 from collab_jax.models.config import Config
 from collab_jax.models.packed import plain
@@ -134,6 +135,60 @@ def save_tree(config: Config, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     ['transformer.wte.weight', 'transformer.wpe.weight']
     """
     return tensors_of(rules(config), params, np.asarray)
+
+
+def checked(
+    found: Checkpoint,
+    wanted: Iterable[Rule],
+    rename: Callable[[str], str | None],
+    family: str,
+    folder: Any,
+) -> Checkpoint:
+    """The tensors that a model asks for, by canonical names, all of the right shapes.
+
+    Args:
+      found: the checkpoint.
+      wanted: the rules of the model.
+      rename: from a name on disk to the canonical one; None needs no reading.
+      family: what an error calls the model.
+      folder: and where it is.
+
+    Raises:
+      ValueError: for a missing or unexpected tensor, or a wrong shape.
+
+    >>> from collab_jax.io.layout import Layout
+    >>> rule = Rule((("a",),), ("x",), ((2,),), list, list)
+    >>> layouts = {"model.x": Layout(np.dtype("float32"), (2,))}
+    >>> file = Checkpoint(layouts, lambda name: np.zeros(2))
+    >>> [*checked(file, [rule], lambda name: name[6:], "toy", "").layouts]
+    ['x']
+    """
+    disk: dict[str, str] = {}
+    for name in found.layouts:
+        if (known := rename(name)) is not None:
+            disk[known] = name
+    shapes = {
+        name: shape
+        for rule in wanted
+        for name, shape in zip(rule.names, rule.shapes, strict=True)
+    }
+    for name, shape in shapes.items():
+        if name not in disk:
+            raise missing(name, disk)
+        real = found.layouts[disk[name]].shape
+        if real != shape:
+            raise ValueError(
+                f"tensor {name} in {folder} has the shape {list(real)}, config.json "
+                f"implies {list(shape)}"
+            )
+    extra = [disk[name] for name in disk if name not in shapes]
+    if extra:
+        raise ValueError(
+            f"{folder} holds {len(extra)} tensors that {family} does not have, such as "
+            + ", ".join(extra[:3])
+        )
+    layouts = {name: found.layouts[disk[name]] for name in shapes}
+    return Checkpoint(layouts, lambda name: found.read(disk[name]))
 
 
 def tree_of(found: Iterable[Rule], read: Callable[[str], np.ndarray]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer
 
+from collab_jax.io import canonical
 from collab_jax.io.encoder_names import prefix, rules
 from collab_jax.io.hub import fetch
 from collab_jax.io.safetensors import Checkpoint, missing, open_folder
@@ -149,26 +150,15 @@ def _with_pooler(config: EncoderConfig, pooler: bool) -> EncoderConfig:
 def _read(
     config: EncoderConfig, start: str, file: Checkpoint, dtype: Any
 ) -> dict[str, Any]:
-    """The params tree, one leaf in memory twice at a time."""
-    params: dict[str, Any] = {}
-    for rule in rules(config):
-        tensors = []
-        for name, shape in zip(rule.names, rule.shapes, strict=True):
-            if start + name not in file.layouts:
-                raise missing(start + name, file.layouts)
-            tensor = file.read(start + name)
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"tensor {start + name!r} has shape {tensor.shape}, config.json "
-                    f"implies {shape}"
-                )
-            tensors.append(tensor)
-        for path, array in zip(rule.paths, rule.load(tensors), strict=True):
-            node = params
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = jnp.asarray(array, dtype)
-    return params
+    """The params tree."""
+
+    def read(name: str) -> np.ndarray:
+        if start + name not in file.layouts:
+            raise missing(start + name, file.layouts)
+        return file.read(start + name)
+
+    tree = canonical.tree_of(rules(config), read)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
 
 def _sentence_settings(folder: Path):

@@ -73,8 +73,8 @@ def rules(config: EncoderConfig) -> tuple[Rule, ...]:
     """
     c, distil = config, config.family == "distilbert"
     found = [
-        _same(("embed", "embedding"), FIRST, c.vocab, c.width),
-        _same(
+        same(("embed", "embedding"), FIRST, c.vocab, c.width),
+        same(
             ("positions", "embedding"),
             "embeddings.position_embeddings.weight",
             c.positions,
@@ -83,23 +83,33 @@ def rules(config: EncoderConfig) -> tuple[Rule, ...]:
     ]
     if c.token_types:
         name = "embeddings.token_type_embeddings.weight"
-        found.append(_same(("token_types", "embedding"), name, c.token_types, c.width))
-    found += _norm(("embed_norm",), "embeddings.LayerNorm", c.width)
+        found.append(same(("token_types", "embedding"), name, c.token_types, c.width))
+    found += norm(("embed_norm",), "embeddings.LayerNorm", c.width)
     sizes = {"up": (c.width, c.mlp_width), "down": (c.mlp_width, c.width)}
     for i in range(c.layers):
         layer = f"transformer.layer.{i}" if distil else f"encoder.layer.{i}"
         for path, name in DISTILBERT if distil else BERT:
             path, name = (f"layers_{i}", *path), f"{layer}.{name}"
             if path[-1].endswith("norm"):
-                found += _norm(path, name, c.width)
+                found += norm(path, name, c.width)
             else:
-                found += _linear(path, name, *sizes.get(path[-1], (c.width, c.width)))
+                found += linear(path, name, *sizes.get(path[-1], (c.width, c.width)))
     if c.pooler:
-        found += _linear(("pooler",), "pooler.dense", c.width, c.width)
+        found += linear(("pooler",), "pooler.dense", c.width, c.width)
     return tuple(found)
 
 
-def _same(path: Path, name: str, *shape: int) -> Rule:
+def same(path: Path, name: str, *shape: int) -> Rule:
+    """A tensor that is a leaf as it is.
+
+    Args:
+      path: of the leaf.
+      name: of the tensor.
+      *shape: of both.
+
+    >>> same(("a", "bias"), "x.bias", 3).shapes
+    ((3,),)
+    """
     return Rule((path,), (name,), (shape,), list, list)
 
 
@@ -107,16 +117,37 @@ def _flip(arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [np.ascontiguousarray(array.T) for array in arrays]
 
 
-def _linear(path: Path, name: str, size_in: int, size_out: int) -> list[Rule]:
+def linear(path: Path, name: str, size_in: int, size_out: int) -> list[Rule]:
+    """A weight matrix, on disk `[out, in]`, and its bias.
+
+    Args:
+      path: of the projection.
+      name: of the layer.
+      size_in: I.
+      size_out: O.
+
+    >>> [rule.names for rule in linear(("up",), "fc1", 2, 3)]
+    [('fc1.weight',), ('fc1.bias',)]
+    """
     kernel = ((*path, "kernel"),)
     return [
         Rule(kernel, (f"{name}.weight",), ((size_out, size_in),), _flip, _flip),
-        _same((*path, "bias"), f"{name}.bias", size_out),
+        same((*path, "bias"), f"{name}.bias", size_out),
     ]
 
 
-def _norm(path: Path, name: str, width: int) -> list[Rule]:
+def norm(path: Path, name: str, width: int) -> list[Rule]:
+    """The gain and the bias of a layer norm.
+
+    Args:
+      path: of the norm.
+      name: of the layer.
+      width: W.
+
+    >>> [rule.names for rule in norm(("norm",), "ln", 2)]
+    [('ln.weight',), ('ln.bias',)]
+    """
     return [
-        _same((*path, "scale"), f"{name}.weight", width),
-        _same((*path, "bias"), f"{name}.bias", width),
+        same((*path, "scale"), f"{name}.weight", width),
+        same((*path, "bias"), f"{name}.bias", width),
     ]

@@ -1,9 +1,7 @@
 """Loads a model with everything that belongs to it, and saves it again."""
 
 import dataclasses
-import os
-import shutil
-import tempfile
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from collab_jax import lm as lms
 from collab_jax.io import canonical, convert, gguf, names, safetensors
 from collab_jax.io.hub import fetch
 from collab_jax.io.json_file import read_json, write_json
+from collab_jax.io.new_folder import new_folder
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.io.tokenizer import load_tokenizer
 from collab_jax.models.config import Config, from_hf, to_hf
@@ -79,6 +78,7 @@ def load(
     >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     >>> model = Model(params, lms.language_model(backbone), backbone, tokenizer, config)
+    >>> import tempfile
     >>> folder = save(model, Path(tempfile.mkdtemp()) / "tiny")
     >>> again = load(folder, dtype="bfloat16")
     >>> again.params["norm"]["scale"].dtype, again.tokenizer("b").input_ids
@@ -87,7 +87,13 @@ def load(
     folder = fetch(source)
     config = read_config(folder)
     backbone = transformer(config, taps)
-    checkpoint = _canonical(_checkpoint(folder, config), config, folder)
+    checkpoint = canonical.checked(
+        _checkpoint(folder, config),
+        names.rules(config),
+        functools.partial(names.canonical, config),
+        config.family,
+        folder,
+    )
     tokenizer = load_tokenizer(folder)
     params = read_params(config, checkpoint, dtype, sharding, matrices)
     return Model(params, lms.language_model(backbone), backbone, tokenizer, config)
@@ -106,6 +112,7 @@ def read_config(folder: Path) -> Config:
 
     >>> raw = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1,
     ...     "n_head": 2, "n_positions": 16, "eos_token_id": 7}
+    >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> write_json(folder / "config.json", raw)
     >>> write_json(folder / "generation_config.json", {"eos_token_id": [7, 5]})
@@ -128,37 +135,6 @@ def _checkpoint(folder: Path, config: Config) -> Checkpoint:
     if len(files) > 1:
         raise ValueError(f"{folder} holds {len(files)} .gguf files: name one of them")
     return convert.canonical_checkpoint(gguf.open_file(files[0]), config)
-
-
-def _canonical(found: Checkpoint, config: Config, folder: Path) -> Checkpoint:
-    """The tensors that the configuration asks for, all there, of the right shapes."""
-    disk: dict[str, str] = {}
-    for name in found.layouts:
-        known = names.canonical(config, name)
-        if known is not None:
-            disk[known] = name
-    wanted = {
-        name: shape
-        for rule in names.rules(config)
-        for name, shape in zip(rule.names, rule.shapes, strict=True)
-    }
-    for name, shape in wanted.items():
-        if name not in disk:
-            raise safetensors.missing(name, disk)
-        real = found.layouts[disk[name]].shape
-        if real != shape:
-            raise ValueError(
-                f"tensor {name} in {folder} has the shape {list(real)}, config.json "
-                f"implies {list(shape)}"
-            )
-    extra = [disk[name] for name in disk if name not in wanted]
-    if extra:
-        raise ValueError(
-            f"{folder} holds {len(extra)} tensors that {config.family} does not have, "
-            f"such as {', '.join(extra[:3])}"
-        )
-    layouts = {name: found.layouts[disk[name]] for name in wanted}
-    return Checkpoint(layouts, lambda name: found.read(disk[name]))
 
 
 def read_params(
@@ -250,18 +226,15 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
     >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     >>> model = Model(params, lms.language_model(backbone), backbone, tokenizer, config)
+    >>> import tempfile
     >>> folder = save(model, Path(tempfile.mkdtemp()) / "tiny")
     >>> sorted(path.name for path in folder.glob("*.*"))
     ['config.json', 'generation_config.json', 'model.safetensors',
      'tokenizer.json', 'tokenizer_config.json']
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: a model is saved to a new folder")
     layouts = _layouts(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         embedding = next(iter(layouts.values())).dtype
         write_json(
             partial / "config.json", to_hf(model.config) | {"dtype": embedding.name}
@@ -269,10 +242,6 @@ def save(model: Model, folder: str | Path, max_shard_size: int = 5_000_000_000) 
         write_json(partial / "generation_config.json", _generation(model.config))
         model.tokenizer.save_pretrained(partial)
         safetensors.write_folder(partial, layouts, _tensors(model), max_shard_size)
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -1,8 +1,6 @@
 """Loads a Marian translation model with its tokenizer, and saves it again."""
 
-import os
-import shutil
-import tempfile
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from collab_jax.decoder import pad
 from collab_jax.io import canonical, marian_names, pickled, safetensors
 from collab_jax.io.hub import fetch
 from collab_jax.io.json_file import read_json, write_json
+from collab_jax.io.new_folder import new_folder
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.lm import LM, Backbone, Params
 from collab_jax.models.marian import marian, translator
@@ -51,6 +50,7 @@ def load_translator(source: str | Path, dtype: Any = None) -> Translator:
     >>> config = MarianConfig(9, 9, 8, 1, 2, 16, 1, 2, 16, 32, 8)
     >>> params = init(jax.random.key(0), config)
     >>> model = Translator(params, translator(config), marian(config), None, config)
+    >>> import tempfile
     >>> folder = save_translator(model, Path(tempfile.mkdtemp()) / "tiny")
     >>> load_translator(folder).config == config
     True
@@ -67,28 +67,23 @@ def load_translator(source: str | Path, dtype: Any = None) -> Translator:
 
 
 def _read(config: MarianConfig, file: Checkpoint, folder: Path, dtype: Any) -> Params:
+    rename = functools.partial(marian_names.canonical, config)
     rules = marian_names.rules(config)
-    wanted = {n: s for r in rules for n, s in zip(r.names, r.shapes, strict=True)}
-    disk = {marian_names.canonical(config, name): name for name in file.layouts}
-    extra = [disk[name] for name in disk if name is not None and name not in wanted]
-    if extra:
-        raise ValueError(
-            f"{folder} holds {len(extra)} tensors that marian does not have, such as "
-            + ", ".join(extra[:3])
-        )
-    first = rules[0].names[0]
-    if first not in disk:
-        raise safetensors.missing(first, file.layouts)
-    kind = np.dtype(dtype or file.layouts[disk[first]].dtype)
+    if marian_names.BIAS not in map(rename, file.layouts):
+        file = _without_bias(config, file)
+    file = canonical.checked(file, rules, rename, "marian", folder)
+    kind = np.dtype(dtype or file.layouts[rules[0].names[0]].dtype)
+    tree = canonical.tree_of(rules, lambda name: np.array(file.read(name), kind))
+    return jax.tree.map(jnp.asarray, tree)
 
-    def read(name: str) -> np.ndarray:
-        if name in disk:
-            return np.array(file.read(disk[name]), kind)
-        if name == marian_names.BIAS:  # left out by some writers, and then zero
-            return np.zeros(wanted[name], kind)
-        raise safetensors.missing(name, file.layouts)
 
-    return jax.tree.map(jnp.asarray, canonical.tree_of(rules, read))
+def _without_bias(config: MarianConfig, file: Checkpoint) -> Checkpoint:
+    """The checkpoint with the bias that some writers leave out: zeros."""
+    zeros = np.zeros((1, config.vocab), np.float32)
+    layouts = {**file.layouts, marian_names.BIAS: Layout(zeros.dtype, zeros.shape)}
+    return Checkpoint(
+        layouts, lambda name: zeros if name == marian_names.BIAS else file.read(name)
+    )
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -158,13 +153,12 @@ def save_translator(model: Translator, folder: str | Path) -> Path:
     >>> config = MarianConfig(9, 9, 8, 1, 2, 16, 1, 2, 16, 32, 8)
     >>> params = init(jax.random.key(0), config)
     >>> model = Translator(params, translator(config), marian(config), None, config)
+    >>> import tempfile
     >>> folder = save_translator(model, Path(tempfile.mkdtemp()) / "tiny")
     >>> sorted(path.name for path in folder.iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: a model is saved to a new folder")
     rules = marian_names.rules(model.config)
     leaves = sum(len(rule.paths) for rule in rules)
     if (found := len(jax.tree.leaves(model.params))) != leaves:
@@ -178,9 +172,7 @@ def save_translator(model: Translator, folder: str | Path) -> Path:
                     f"{name} has the shape {layouts[name].shape}, config asks for "
                     f"{shape}"
                 )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         raw = to_hf(model.config)
         kind = layouts[rules[0].names[0]].dtype.name
         write_json(partial / "config.json", raw | {"dtype": kind})
@@ -192,8 +184,4 @@ def save_translator(model: Translator, folder: str | Path) -> Path:
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         safetensors.write(partial / "model.safetensors", layouts, tensors.values())
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder

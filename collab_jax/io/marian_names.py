@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from collab_jax.io.encoder_names import _linear, _norm, _same
+from collab_jax.io.encoder_names import linear, norm, same
 from collab_jax.io.names import Path, Rule
 from collab_jax.models.marian_config import MarianConfig
 
@@ -42,20 +42,20 @@ def rules(config: MarianConfig) -> tuple[Rule, ...]:
     """
     c = config
     first = "model.shared.weight" if c.shared else "model.encoder.embed_tokens.weight"
-    found = [_same(("embed", "embedding"), first, c.source_vocab, c.width)]
+    found = [same(("embed", "embedding"), first, c.source_vocab, c.width)]
     for i in range(c.source_layers):
         path, name = (f"source_layers_{i}",), f"model.encoder.layers.{i}"
         found += _layer(path, name, SOURCE, c.width, c.source_inner)
     if not c.shared:
         name = "model.decoder.embed_tokens.weight"
-        found.append(_same(("text_embed", "embedding"), name, c.vocab, c.width))
+        found.append(same(("text_embed", "embedding"), name, c.vocab, c.width))
     parts = (*SOURCE[:5], *CROSS, *SOURCE[5:])
     for i in range(c.layers):
         path, name = (f"layers_{i}",), f"model.decoder.layers.{i}"
         found += _layer(path, name, parts, c.width, c.inner)
     found.append(_bias(c.vocab))
     if not c.tied:
-        found.append(_linear(("head",), "lm_head", c.width, c.vocab)[0])
+        found.append(linear(("head",), "lm_head", c.width, c.vocab)[0])
     return tuple(found)
 
 
@@ -65,9 +65,9 @@ def _layer(path: Path, name: str, parts, width: int, inner: int) -> list[Rule]:
     for ours, theirs in parts:
         at, theirs = (*path, *ours), f"{name}.{theirs}"
         if ours[-1].endswith("norm"):
-            found += _norm(at, theirs, width)
+            found += norm(at, theirs, width)
         else:
-            found += _linear(at, theirs, *sizes.get(ours[-1], (width, width)))
+            found += linear(at, theirs, *sizes.get(ours[-1], (width, width)))
     return found
 
 

@@ -6,7 +6,6 @@ Texts of unequal length are padded on the right, and padding is never attended t
 Shapes: B rows, T tokens, W width of the hidden states, H heads, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from flax import linen as nn
 
 from collab_jax.lm import Features, Params
 from collab_jax.models.encoder_config import EncoderConfig
-from collab_jax.models.linear import Embedding, Projection, leaf, together
+from collab_jax.models.linear import Embedding, Projection, drawn, leaf, together
 from collab_jax.models.norm import layer_norm
 from collab_jax.models.transformer import ACTIVATIONS
 
@@ -172,12 +171,7 @@ def init(key: jax.Array, config: EncoderConfig, dtype: Any = jnp.float32) -> Par
     >>> params["layers_0"]["mlp"]["up"]["kernel"].shape
     (8, 16)
     """
-    return _drawn(key, config, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once a configuration
-def _drawn(key, config, dtype):
-    return Stack(config, dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return drawn(Stack(config, dtype), key)
 
 
 def mean_of_tokens(hidden: jax.Array, length: jax.Array) -> jax.Array:

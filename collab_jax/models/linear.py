@@ -8,6 +8,7 @@ else; the form for arrays is the plain one that the others are compared with.
 Shapes: B rows, T tokens of this call, I size in, O size out, E experts, N tokens.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,6 +172,20 @@ def leaf(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> K
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for equal modules
+def drawn(module: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Random parameters of a model that reads tokens, a plain nested dict.
+
+    Args:
+      module: called with tokens `[B, T]` it touches every parameter.
+      key: consumed.
+
+    >>> drawn(Embedding(3, 2), jax.random.key(0))["embedding"].shape
+    (3, 2)
+    """
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 class Projection(nn.Module):

@@ -19,7 +19,7 @@ from collab_jax import slots
 from collab_jax.lm import LM, Backbone, Features, KVCache, Params, language_model
 from collab_jax.models import attention
 from collab_jax.models.encoder import Layer
-from collab_jax.models.linear import Embedding, Projection, leaf
+from collab_jax.models.linear import Embedding, Projection, drawn, leaf
 from collab_jax.models.marian_config import MarianConfig
 from collab_jax.models.norm import Norm
 from collab_jax.models.transformer import MLP
@@ -201,9 +201,7 @@ def init(key: jax.Array, config: MarianConfig, dtype: Any = jnp.float32) -> Para
     >>> params["layers_0"]["cross"]["q"]["kernel"].shape
     (8, 8)
     """
-    module = Marian(config, dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: module.init(key, tokens)["params"])(key)
+    return drawn(Marian(config, dtype), key)
 
 
 def marian(config: MarianConfig) -> Backbone:

@@ -7,7 +7,6 @@ Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary,
 of the hidden states, H key-value heads, K size of a head.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from collab_jax import slots
 from collab_jax.lm import Backbone, Features, KVCache, Params
 from collab_jax.models import attention
 from collab_jax.models.config import Config
-from collab_jax.models.linear import Embedding, Projection, together
+from collab_jax.models.linear import Embedding, Projection, drawn, together
 from collab_jax.models.moe import Mixture
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import LongRope
@@ -202,12 +201,7 @@ def init(key: jax.Array, config: Config, dtype: Any = jnp.float32) -> Params:
     >>> params["layers_0"]["attention"]["q"]["kernel"].shape
     (8, 8)
     """
-    return _drawn(key, config, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once a configuration
-def _drawn(key, config, dtype):
-    return Decoder(config, dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return drawn(Decoder(config, dtype), key)
 
 
 def transformer(

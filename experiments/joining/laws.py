@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from joining.report import Verdict
 from speculating.same import TIE, part
 from speculating.subject import texts
 
@@ -126,3 +127,17 @@ def _margins(lm: LM) -> Callable[..., jax.Array]:
 def equal_rows(report: dict[str, Any]) -> int:
     """Rows with the plain text, up to ties that are shown."""
     return report["rows"] - sum(not gap["tie"] for gap in report["apart"])
+
+
+def same_with_drafts(expected: str, report: dict[str, Any], more: str = "") -> Verdict:
+    """Whether greedy text was the same with drafts in every row.
+
+    Args:
+      expected: that it is, of what.
+      report: of `as_target`.
+      more: what else was seen.
+    """
+    same = equal_rows(report)
+    return Verdict(
+        expected, f"{same} of {report['rows']} rows{more}", same == report["rows"]
+    )

@@ -7,6 +7,7 @@ the steps go is in `span_search`.
 Shapes: B rows, R lanes, L tokens of a chunk, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,15 @@ from collab_jax.decode import start
 from collab_jax.decoder import Decoder
 from collab_jax.lm import LM, Params, State
 from collab_jax.pool import linear
+
+
+def _reader(lm: LM, chunk: int) -> Callable[[Params, jax.Array, jax.Array, int], State]:
+    """`Grader.init` of an LM that reads the text."""
+
+    def init(params: Params, prompt: jax.Array, length: jax.Array, room: int) -> State:
+        return start(lm, params, prompt, length, room, chunk)[0]
+
+    return init
 
 
 def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
@@ -38,9 +48,6 @@ def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
     [5.0]
     """
 
-    def init(params: Params, prompt: jax.Array, length: jax.Array, room: int) -> State:
-        return start(values, params, prompt, length, room, chunk)[0]
-
     def grade(
         params: Params, state: State, before: jax.Array, span: Span
     ) -> tuple[jax.Array, State]:
@@ -52,7 +59,7 @@ def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
         state = values.rewind(state, jnp.ones_like(span.grown))
         return judge(out.logits[:, 0]), state
 
-    return Grader(init, grade, values.take)
+    return Grader(_reader(values, chunk), grade, values.take)
 
 
 def summed(scores: LM, chunk: int = 128) -> Grader:
@@ -73,9 +80,6 @@ def summed(scores: LM, chunk: int = 128) -> Grader:
     [6.0]
     """
 
-    def init(params: Params, prompt: jax.Array, length: jax.Array, room: int) -> State:
-        return start(scores, params, prompt, length, room, chunk)[0]
-
     def grade(
         params: Params, state: State, before: jax.Array, span: Span
     ) -> tuple[jax.Array, State]:
@@ -86,7 +90,7 @@ def summed(scores: LM, chunk: int = 128) -> Grader:
         counted = jnp.arange(new.shape[1]) < span.grown[:, None]
         return before + jnp.where(counted, found, 0.0).sum(1), state
 
-    return Grader(init, grade, scores.take)
+    return Grader(_reader(scores, chunk), grade, scores.take)
 
 
 def best_of_blocks(

@@ -18,7 +18,8 @@ import optax
 
 from collab_jax.cooperate.transfer.comblm import Combiner, Fitted, combined
 from collab_jax.law import log_probs
-from collab_jax.lm import LM, Params, padded
+from collab_jax.lm import LM, Out, Params
+from collab_jax.score import mean_over, read_together
 
 
 class Recorded(NamedTuple):
@@ -68,31 +69,14 @@ def record(
     >>> batch.tokens.tolist(), batch.weights.tolist()
     ([1, 2, 2], [1.0, 0.0, 0.0])
     """
-    batch, width = tokens.shape
-    total = padded(width, chunk)
-    chunk = min(chunk, total)
-    tokens = jnp.pad(tokens, ((0, 0), (0, total + 1 - width)), mode="edge")
 
-    @jax.jit
-    def read(params: Sequence[Params], states: Any, start: Any) -> tuple[Recorded, Any]:
-        piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk + 1, axis=1)
-        laws, after = [], []
-        for lm, own, state in zip(members, params, states, strict=True):
-            out, state = lm.extend(own, state, piece[:, :-1])
-            laws.append(log_probs(out.logits).reshape(batch * chunk, -1))
-            after.append(state)
-        known = start + 1 + jnp.arange(chunk) < length[:, None]
-        targets = piece[:, 1:].reshape(-1)
-        large, expert = laws
-        weights = known.reshape(-1).astype(jnp.float32)
-        return Recorded(large, expert, targets, weights), after
+    def note(outs: list[Out], targets: jax.Array, weights: jax.Array) -> Recorded:
+        large, expert = (
+            log_probs(out.logits).reshape(weights.size, -1) for out in outs
+        )
+        return Recorded(large, expert, targets.reshape(-1), weights)
 
-    states = [
-        lm.init(own, batch, total) for lm, own in zip(members, params, strict=True)
-    ]
-    for start in range(0, total, chunk):
-        found, states = read(params, states, start)
-        yield found
+    yield from read_together(members, params, tokens, length, chunk, note)
 
 
 def nats(combiner: Combiner, fitted: Fitted, batch: Recorded) -> jax.Array:
@@ -111,8 +95,7 @@ def nats(combiner: Combiner, fitted: Fitted, batch: Recorded) -> jax.Array:
     """
     law = log_probs(combined(combiner, fitted)([batch.large, batch.expert]))
     found = jnp.take_along_axis(law, batch.tokens[:, None], axis=-1)[:, 0]
-    total = jnp.where(batch.weights > 0, batch.weights * found, 0.0).sum()
-    return -total / jnp.maximum(batch.weights.sum(), 1.0)
+    return -mean_over(found, batch.weights)
 
 
 def fitter(combiner: Combiner, optimizer: optax.GradientTransformation) -> Fitter:

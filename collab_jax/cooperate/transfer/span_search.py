@@ -125,34 +125,6 @@ def drawn() -> Growth:
     return Growth(lambda i, logits, met, live: (met, jnp.zeros_like(met)), choose)
 
 
-def _map(function: Callable, beams: Beams) -> Beams:
-    return jax.tree.map(function, beams)
-
-
-def _select(beams: Beams, place: jax.Array) -> Beams:
-    """Gathers beams: `place` is `[B, W2]`."""
-
-    def pick(leaf):
-        index = place if leaf.ndim == 2 else place[:, :, None]
-        return jnp.take_along_axis(leaf, index, axis=1)
-
-    return _map(pick, beams)
-
-
-def _put(buffer: jax.Array, values: jax.Array, lanes: Beams, where) -> jax.Array:
-    """Writes `values [B, C]` behind the tokens of the lanes that are asked for."""
-    here = jnp.arange(buffer.shape[-1]) == lanes.length[:, :, None]
-    here &= where[:, :, None]
-    return jnp.where(here, values[:, :, None].astype(buffer.dtype), buffer)
-
-
-def _last(beams: Beams, before: jax.Array) -> jax.Array:
-    """The last token of each lane, `[B, C]`; `before [B]` where it has none yet."""
-    slot = jnp.maximum(beams.length - 1, 0)[:, :, None]
-    token = jnp.take_along_axis(beams.tokens, slot, axis=2)[:, :, 0]
-    return jnp.where(beams.length == 0, before[:, None], token)
-
-
 def span_search(
     lm: LM,
     grader: Grader,
@@ -244,7 +216,7 @@ def span_search(
 
     def grow(params, own: SpanState, inner, keys) -> Growing:
         """Every beam in its lanes, by up to L tokens."""
-        wide = _map(lambda leaf: jnp.repeat(leaf, lanes, axis=1), own.beams)
+        wide = jax.tree.map(lambda leaf: jnp.repeat(leaf, lanes, axis=1), own.beams)
         no = wide.ended & False
 
         def live(g: Growing):
@@ -253,7 +225,8 @@ def span_search(
         def token(g: Growing) -> Growing:
             old = g.lanes
             batch = old.length.shape[0]
-            last = _last(old, own.last).reshape(-1, 1)
+            last = slots.last(old.tokens, old.length, own.last[:, None])
+            last = last.reshape(-1, 1)
             out, inner = lm.extend(params, g.inner, last)
             logits = out.logits[:, 0].reshape(batch, count, -1)
             met, halt = growth.halt(g.i, logits, g.met, live(g))
@@ -274,9 +247,9 @@ def span_search(
             new = Beams(
                 old.grade,
                 length,
-                _put(old.tokens, token, old, grows),
-                _put(old.logprob, logprob, old, grows),
-                _put(old.entropy, law.entropy(logits), old, grows),
+                slots.put(old.tokens, token, old.length, grows),
+                slots.put(old.logprob, logprob, old.length, grows),
+                slots.put(old.entropy, law.entropy(logits), old.length, grows),
                 old.ended | (grows & (over | dead)),
                 automaton,
             )
@@ -305,7 +278,7 @@ def span_search(
             state.key, jnp.arange(count)
         ).reshape(-1)
         g = grow(params[0], own, state.lm[0], keys)
-        before = _map(lambda leaf: jnp.repeat(leaf, lanes, axis=1), own.beams)
+        before = jax.tree.map(lambda leaf: jnp.repeat(leaf, lanes, axis=1), own.beams)
 
         new = g.lanes.length - before.length  # [B, C]
         place = before.length[:, :, None] + jnp.arange(size)
@@ -316,7 +289,8 @@ def span_search(
             leaf = jnp.take_along_axis(leaf, place, axis=2)
             return jnp.where(inside, leaf, 0).reshape(batch * count, size)
 
-        last = _last(before, own.last).reshape(-1, 1)
+        last = slots.last(before.tokens, before.length, own.last[:, None])
+        last = last.reshape(-1, 1)
         tokens = jnp.concatenate([last, of_span(g.lanes.tokens)], axis=1)
         span = Span(tokens, of_span(g.lanes.logprob), new.reshape(-1))
         grade, graded = grader.grade(
@@ -329,7 +303,7 @@ def span_search(
         single = before.ended & (jnp.arange(count) % lanes > 0)
         grade = jnp.where(single | g.void | jnp.isnan(grade), -jnp.inf, grade)
         grade, chosen = jax.lax.top_k(grade, beams)
-        best = _select(g.lanes, chosen)
+        best = slots.select(g.lanes, chosen)
         over = jnp.isneginf(grade) | broken[:, None]
         best = best._replace(grade=grade, ended=best.ended | over)
         rows = jnp.repeat(jnp.arange(batch)[:, None] * count + chosen, lanes, axis=1)
@@ -348,7 +322,7 @@ def span_search(
 
     def finish(state):
         own = state.own
-        best = _map(lambda leaf: leaf[:, 0], own.beams)
+        best = jax.tree.map(lambda leaf: leaf[:, 0], own.beams)
         zeros = jnp.zeros(state.tokens.shape)
         info = Info(
             state.info,

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax import law, slots
-from collab_jax.beam import largest, move
+from collab_jax.beam import best_of, largest, move
 from collab_jax.decoder import Decoder, DecodeState, Sequences
-from collab_jax.ensemble.vocabulary.symbols import END, Symbols
+from collab_jax.ensemble.vocabulary.symbols import END, Symbols, check_start
 from collab_jax.lm import LM
 from collab_jax.pool import mixture
 
@@ -134,13 +134,9 @@ def agreement(
         return total / jnp.maximum(length, 1).astype(jnp.float32) ** penalty
 
     def init(params, prompt, prompt_length, key):
-        batch, width = prompt.shape
-        if width != 1:
-            raise ValueError(
-                f"a prompt of {width} tokens: one start token is expected, prompts are "
-                "the members' own"
-            )
         del prompt_length
+        prompt = check_start(prompt)
+        batch = len(prompt)
         capacity = max_new_symbols + 2  # a token writes a symbol at least
         states = []
         for lm, own in zip(members, params, strict=True):
@@ -152,11 +148,11 @@ def agreement(
         blank = jnp.zeros((batch, beams, max_new_symbols), jnp.int32)
         ended = Texts(none, none, zeros, blank, each, each)
         first = none.at[:, 0].set(0.0)
-        start = jnp.broadcast_to(prompt.astype(jnp.int32)[:, :, None], each.shape)
+        start = jnp.broadcast_to(prompt[:, :, None], each.shape)
         running = ended._replace(score=first, total=first, last=start)
         return DecodeState(
             lm=tuple(states),
-            tokens=jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, max_new_symbols))),
+            tokens=jnp.pad(prompt, ((0, 0), (0, max_new_symbols))),
             length=jnp.ones(batch, jnp.int32),
             done=zeros[:, 0] > 0,
             key=law.row_keys(key, batch),
@@ -178,19 +174,17 @@ def agreement(
         invalid &= ~jnp.isneginf(running.score)
         grown, parent, wrote = _grow(running, logits, tables, share, ranks, beams)
 
-        last = jnp.take_along_axis(
-            grown.symbols, jnp.maximum(grown.length - 1, 0)[:, :, None], axis=2
-        )[:, :, 0]
+        last = slots.last(grown.symbols, grown.length, 0)
         over = (grown.reach == grown.length[:, :, None]).all(-1) & (last == END)
         over |= grown.length >= max_new_symbols
         ranked = penalised(grown.total, grown.length)
         dead = jnp.isneginf(grown.score)
         ends = over & ~dead & (jnp.arange(over.shape[1]) < beams)
         final = grown._replace(score=jnp.where(ends, ranked, -jnp.inf))
-        new_ended = _best(_joined(ended, final), beams)[0]
+        new_ended = best_of(ended, final, beams)
         going = grown._replace(score=jnp.where(over, -jnp.inf, grown.score))
-        new_running, place = _best(going, beams)
-        parent, wrote = _at(parent, place), _at(wrote, place)
+        _, place = jax.lax.top_k(going.score, beams)
+        new_running, parent, wrote = slots.select((going, parent, wrote), place)
 
         broken = invalid.any(-1)
         score = jnp.where(broken[:, None], jnp.nan, new_ended.score)
@@ -276,7 +270,7 @@ def _grow(running, logits, tables, share, ranks, beams):
     parent, index = index // each, index % each
     which = jnp.unravel_index(index, tuple(ranks))
     rows = jnp.arange(batch)[:, None]
-    old = jax.tree.map(lambda leaf: leaf[rows, parent], running)
+    old = slots.select(running, parent)
     reach, last, wrote, beyond, sizes = [], [], [], [], []
     for n, option in enumerate(options):
         at = rows, parent, which[n]
@@ -349,18 +343,3 @@ def _wide(symbols, width):
     short = max(0, width - symbols.shape[-1])
     padding = ((0, 0),) * (symbols.ndim - 1) + ((0, short),)
     return jnp.pad(symbols, padding)[..., :width]
-
-
-def _at(leaf, place):
-    rows = jnp.arange(place.shape[0])[:, None]
-    return leaf[rows, place]
-
-
-def _joined(first: Texts, second: Texts) -> Texts:
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
-
-
-def _best(texts: Texts, count: int) -> tuple[Texts, jax.Array]:
-    """The best `count`, and where they were; among equals the first."""
-    _, place = jax.lax.top_k(texts.score, count)
-    return jax.tree.map(lambda leaf: _at(leaf, place), texts), place

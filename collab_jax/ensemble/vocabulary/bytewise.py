@@ -20,7 +20,7 @@ from collab_jax import law
 from collab_jax.beam import largest, move
 from collab_jax.decode import append
 from collab_jax.decoder import Decoder, DecodeState, sequences
-from collab_jax.ensemble.vocabulary.symbols import END, SYMBOLS, Symbols
+from collab_jax.ensemble.vocabulary.symbols import END, SYMBOLS, Symbols, check_start
 from collab_jax.lm import LM
 from collab_jax.pool import Pool, mixture
 
@@ -134,13 +134,8 @@ def bytewise(
             raise ValueError(f"{name} = {value}, at least 1 is expected")
 
     def init(params, prompt, prompt_length, key):
-        batch, width = prompt.shape
-        if width != 1:
-            raise ValueError(
-                f"a prompt of {width} tokens: one start token is expected, prompts are "
-                "the members' own"
-            )
-        prompt = prompt.astype(jnp.int32)
+        prompt = check_start(prompt)
+        batch = len(prompt)
         one = jnp.ones(batch, jnp.int32)
         states, found = [], []
         for lm, own, table in zip(members, params, tables, strict=True):

@@ -10,9 +10,7 @@ characters, K nodes of the trie, D its depth.
 """
 
 import functools
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -160,22 +158,15 @@ def _trie(first: dict[str, int]) -> _Trie:
 def _compare(words: list[str], trie: _Trie) -> tuple[np.ndarray, np.ndarray]:
     """Candidate and distance for words in the order of their length in integers."""
     count = np.array([_words(word) for word in words])
-    parts = []
+    best, least = [], []
     for w in np.unique(count):
         group = [words[i] for i in np.flatnonzero(count == w)]
         width = min(BLOCK, 1 << (len(group) - 1).bit_length())
         for start in range(0, len(group), width):
             block = group[start : start + width]
-            parts.append((block, _matches(block, width, int(w), trie.symbol)))
-
-    def walk(part):
-        block, (bits, size, symbol) = part
-        found = _walk(bits, size, symbol, trie)
-        return [np.asarray(x)[: len(block)] for x in found]
-
-    # a walk is one thread's work
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        best, least = zip(*pool.map(walk, parts), strict=True)
+            found = _walk(*_matches(block, width, int(w), trie.symbol), trie)
+            best.append(np.asarray(found[0])[: len(block)])
+            least.append(np.asarray(found[1])[: len(block)])
     return np.concatenate(best), np.concatenate(least)
 
 

@@ -68,6 +68,29 @@ def symbols(
     return Symbols(jnp.asarray(spelling), jnp.asarray(size))
 
 
+def check_start(prompt: jax.Array) -> jax.Array:
+    """The prompt of a decoder whose tokens are symbols: one start token a row.
+
+    Args:
+      prompt: `[B, 1]`.
+
+    Returns:
+      The same, int32.
+
+    Raises:
+      ValueError: for a prompt of several tokens.
+
+    >>> check_start(jnp.array([[3]])).tolist()
+    [[3]]
+    """
+    if prompt.shape[1] != 1:
+        raise ValueError(
+            f"a prompt of {prompt.shape[1]} tokens: one start token is expected, "
+            "prompts are the members' own"
+        )
+    return prompt.astype(jnp.int32)
+
+
 def text(symbols: Sequence[int]) -> bytes:
     """The bytes of a row of symbols, up to its end.
 
