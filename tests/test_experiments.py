@@ -18,6 +18,11 @@ def test_docstring(path):
         assert word in text, f"{path.name} does not say {word}"
 
 
+def test_the_index_names_every_script():
+    index = (FOLDER / "README.md").read_text()
+    assert [p.name for p in SCRIPTS if f"| `{p.name}` |" not in index] == []
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_smoke(path, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))  # as `python experiments/NAME.py` does

@@ -7,11 +7,11 @@ model takes it unchanged. It is made once after loading; saving sees the plain t
 again, and merging and training refuse what is packed.
 
 - Columns lie in panels of 32: one or a few rows then read a panel as one run of bytes,
-  which a prefetch follows, and keep their sums in registers. Rows of a plain matrix
-  give many short runs, and read at half the speed.
-- XLA on a CPU takes another way from two rows on, at twice the time of one; here the
-  bytes decide up to about eight rows, so that verifying a draft costs little more than
-  a token.
+  which a prefetch follows, and keep their sums in registers.
+- One row of float32 is no faster so where the memory is the limit already (two Zen 3
+  cores). XLA on a CPU takes another way from two rows on, at 1.6 times the time of one
+  there; with panels the bytes decide up to about eight rows of float32, so that
+  verifying a draft costs little more than a token. For int8 it is fewer rows.
 - bfloat16 and int8 are widened in the registers, and sums are float32: only the weights
   are rounded. Rounding activations too, as products of int8 want it, changes texts.
 - On other devices than a CPU, and without the library, the plain form computes: a
