@@ -3,10 +3,12 @@
 Similar is what takes the fewest insertions, deletions and substitutions of characters.
 All distances are computed, bit-parallel: one bit a character of a query, one lane a
 query, along a walk over the trie of the candidates, so that equal beginnings are
-compared once.
+compared once. Characters that only one side has match nothing, so they are all alike:
+what a Latin vocabulary asks of a larger one never walks its other scripts. Lanes are
+as wide as the queries need, 8, 16 or 32 bits.
 
-Shapes: Q queries, P queries of a block, C candidates, W words of 32 characters, A
-characters, K nodes of the trie, D its depth.
+Shapes: Q queries, P queries of a block, C candidates, W integers of 8, 16 or 32
+characters, A characters, K nodes of the trie, D its depth.
 """
 
 import functools
@@ -20,7 +22,9 @@ import numpy as np
 from collab_jax.io.kept import kept
 
 BLOCK = 8192  # queries that are compared at once
-WORD = 32  # characters of a query in one integer
+ALIGNED = 32  # their number is a multiple: few sizes, so few programs
+LANES = np.uint8, np.uint16, np.uint32  # the integers that hold a query's characters
+WORD = 32  # characters in the widest
 FAR = np.iinfo(np.int32).max
 UNKNOWN = "\ud800"  # in no token: what is no UTF-8 is read as \udc80 to \udcff
 
@@ -65,21 +69,24 @@ def nearest(queries: Sequence[bytes], candidates: Sequence[bytes]) -> Nearest:
     for c, text in enumerate(candidates):
         if text:
             first.setdefault(_characters(text), c)
-    asked: dict[str, list[int]] = {}
-    alphabet = set("".join(first))
-    for q, text in enumerate(queries):
-        word = _characters(text)
+    words = [_characters(text) for text in queries]
+    missing = [q for q, word in enumerate(words) if word and word not in first]
+    for q, word in enumerate(words):
         if word in first:
             index[q], distance[q] = first[word], 0
-        elif word and first:
-            # characters that no candidate has are alike: they match nothing
-            word = "".join(x if x in alphabet else UNKNOWN for x in word)
-            asked.setdefault(word, []).append(q)
-    if asked:
-        words = sorted(asked, key=lambda word: (_words(word), word))
-        found = _compare(words, _trie(first))
-        for word, c, d in zip(words, *found, strict=True):
-            index[asked[word]], distance[asked[word]] = c, d
+    if not missing or not first:
+        return Nearest(index, distance)
+    common = set("".join(words[q] for q in missing)) & set("".join(first))
+    asked: dict[str, list[int]] = {}
+    for q in missing:
+        asked.setdefault(_alike(words[q], common), []).append(q)
+    apart: dict[str, int] = {}
+    for word, c in first.items():
+        apart.setdefault(_alike(word, common), c)
+    sought = list(asked)
+    found = _compare(sought, _trie(apart))
+    for word, c, d in zip(sought, *found, strict=True):
+        index[asked[word]], distance[asked[word]] = c, d
     return Nearest(index, distance)
 
 
@@ -130,8 +137,15 @@ def _characters(text: bytes) -> str:
     return text.decode(errors="surrogateescape")
 
 
-def _words(word: str) -> int:
-    return -(-len(word) // WORD)
+def _alike(word: str, common: set[str]) -> str:
+    """With one sign for all characters that match nothing, on either side."""
+    return "".join(x if x in common else UNKNOWN for x in word)
+
+
+def _lanes(size: int) -> tuple[int, type[np.unsignedinteger]]:
+    """How many integers hold as many characters, and which."""
+    fits = (lane for lane in LANES if size <= np.iinfo(lane).bits)
+    return -(-size // WORD), next(fits, LANES[-1])
 
 
 def _codes(words: Sequence[str]) -> np.ndarray:
@@ -156,35 +170,46 @@ def _trie(first: dict[str, int]) -> _Trie:
 
 
 def _compare(words: list[str], trie: _Trie) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate and distance for words in the order of their length in integers."""
-    count = np.array([_words(word) for word in words])
-    best, least = [], []
-    for w in np.unique(count):
-        group = [words[i] for i in np.flatnonzero(count == w)]
-        width = min(BLOCK, 1 << (len(group) - 1).bit_length())
-        for start in range(0, len(group), width):
-            block = group[start : start + width]
-            found = _walk(*_matches(block, width, int(w), trie.symbol), trie)
-            best.append(np.asarray(found[0])[: len(block)])
-            least.append(np.asarray(found[1])[: len(block)])
-    return np.concatenate(best), np.concatenate(least)
+    """Candidate and distance for each word."""
+    groups: dict[tuple[int, type[np.unsignedinteger]], list[int]] = {}
+    for i, word in enumerate(words):
+        groups.setdefault(_lanes(len(word)), []).append(i)
+    best, least = np.empty((2, len(words)), np.int32)
+    for (count, lane), members in groups.items():
+        width = min(BLOCK, -(-len(members) // ALIGNED) * ALIGNED)
+        for start in range(0, len(members), width):
+            block = members[start : start + width]
+            asked = [words[i] for i in block]
+            found = _walk(*_matches(asked, width, count, lane, trie.symbol), trie)
+            best[block] = np.asarray(found[0])[: len(block)]
+            least[block] = np.asarray(found[1])[: len(block)]
+    return best, least
 
 
 def _matches(
-    block: list[str], width: int, words: int, symbols: np.ndarray
+    block: list[str],
+    width: int,
+    words: int,
+    lane: type[np.unsignedinteger],
+    symbols: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each character stands in each query, `[A, W, P]` bits; sizes `[P]`; and
     the row of each of the trie's characters, `[K]`, 0 for one that no query has."""
     size = np.array([len(word) for word in block])
     codes = _codes(block)
     alphabet, row = np.unique(codes, return_inverse=True)
+    known = alphabet != ord(UNKNOWN)
+    row = np.where(known, 1 + np.arange(len(alphabet)), 0)[row]
     rows = 1 << len(alphabet).bit_length()  # few sizes, so few programs
-    bits = np.zeros((rows, words, width), np.uint32)
+    word = np.iinfo(lane).bits
+    bits = np.zeros((rows, words, width), lane)
     at = np.arange(len(codes)) - np.repeat(np.cumsum(size) - size, size)
-    where = row + 1, at // WORD, np.repeat(np.arange(len(block)), size)
-    np.bitwise_or.at(bits, where, np.uint32(1) << (at % WORD).astype(np.uint32))
+    where = row, at // word, np.repeat(np.arange(len(block)), size)
+    np.bitwise_or.at(bits, where, lane(1) << (at % word).astype(lane))
+    bits[0] = 0
     place = np.minimum(np.searchsorted(alphabet, symbols), len(alphabet) - 1)
-    symbol = np.where(alphabet[place] == symbols, place + 1, 0).astype(np.int32)
+    there = (alphabet[place] == symbols) & known[place]
+    symbol = np.where(there, place + 1, 0).astype(np.int32)
     return bits, np.pad(size, (0, width - len(size))).astype(np.int32), symbol
 
 
@@ -199,48 +224,49 @@ def _search(bits, size, symbol, depth, found, *, deepest: int):
     """The first candidate at the least distance, and the distance, `[P]` each.
 
     Levels of the trie are columns of the table of distances. A column is kept as the
-    signs of its vertical differences (`up` +1, `down` -1) and its last value.
+    signs of its vertical differences (`up` +1, `down` -1); its first value is its
+    level, so its last, the distance, is that and all differences.
     """
     words, width = bits.shape[1:]
-    last = jnp.uint32(1) << ((size - 1) % WORD).astype(jnp.uint32)
+    lane, word = bits.dtype, jnp.iinfo(bits.dtype).bits
+    one, zero = jnp.ones((), lane), jnp.zeros((), lane)
+    at = jnp.arange(words)[:, None] * word
+    used = jnp.where(size >= at + word, ~zero, (one << (size - at).astype(lane)) - one)
+    used = jnp.where(size > at, used, zero)  # [W, P], the bits of characters
 
-    def column(up, down, score, match):
+    def column(up, down, match):
         """The next column, for one more character of the candidate."""
         ups, downs = [], []
-        rise, fall = jnp.uint32(1), jnp.uint32(0)  # the row above: it counts characters
+        rise, fall = one, zero  # the row above: it counts characters
         for w in range(words):
             reach = match[w] | down[w]
             here = match[w] | fall
             carried = (((here & up[w]) + up[w]) ^ up[w]) | here
             more = down[w] | ~(carried | up[w])  # horizontal differences, +1
             less = up[w] & carried  # and -1
-            if w == words - 1:
-                score += ((more & last) != 0).astype(jnp.int32)
-                score -= ((less & last) != 0).astype(jnp.int32)
-            next_rise, next_fall = more >> (WORD - 1), less >> (WORD - 1)
+            next_rise, next_fall = more >> (word - 1), less >> (word - 1)
             more, less = (more << 1) | rise, (less << 1) | fall
             ups.append(less | ~(reach | more))
             downs.append(more & reach)
             rise, fall = next_rise, next_fall
-        return jnp.stack(ups), jnp.stack(downs), score
+        return jnp.stack([jnp.stack(ups), jnp.stack(downs)])
 
     def step(carry, node):
         levels, best, least = carry
         level, symbol, c = node
-        above = [jax.lax.dynamic_index_in_dim(x, level - 1, 0, False) for x in levels]
+        up, down = jax.lax.dynamic_index_in_dim(levels, level - 1, 0, False)
         match = jax.lax.dynamic_index_in_dim(bits, symbol, 0, False)
-        up, down, score = column(above[0], above[1], above[2], match)
-        levels = tuple(
-            jax.lax.dynamic_update_index_in_dim(x, new, level, 0)
-            for x, new in zip(levels, (up, down, score), strict=True)
-        )
+        new = column(up, down, match)
+        levels = jax.lax.dynamic_update_index_in_dim(levels, new, level, 0)
+        # read from there, or the levels would be copied
+        up, down = jax.lax.dynamic_index_in_dim(levels, level, 0, False) & used
+        up, down = jax.lax.population_count(up), jax.lax.population_count(down)
+        score = level + up.sum(0, dtype=jnp.int32) - down.sum(0, dtype=jnp.int32)
         nearer = (c >= 0) & ((score < least) | ((score == least) & (c < best)))
         best, least = jnp.where(nearer, c, best), jnp.where(nearer, score, least)
         return (levels, best, least), None
 
-    start = jnp.zeros((deepest + 1, words, width), jnp.uint32)
-    scores = jnp.zeros((deepest + 1, width), jnp.int32).at[0].set(size)
-    levels = start.at[0].set(jnp.uint32(0xFFFFFFFF)), start, scores
+    levels = jnp.zeros((deepest + 1, 2, words, width), lane).at[0, 0].set(~zero)
     nothing = jnp.full(width, -1, jnp.int32), jnp.full(width, FAR, jnp.int32)
     carry, _ = jax.lax.scan(step, (levels, *nothing), (depth, symbol, found))
     return carry[1:]
