@@ -16,12 +16,12 @@ stopped is taken up again, and parts can be measured one by one. The part `peer`
 the extra `parity`; without torch ours is measured alone.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 10 GiB; estimated at nine minutes for `peer`, five for
-`stacked`, `target` and `bridges` together, eight for `eva` (`--smoke`: seconds, ours
+`stacked`, `target` and `bridges` together, six for `eva` (`--smoke`: seconds, ours
 alone, toys).
 Expected: (November 2026) faster than transformers 1.78 times (ensemble), 1.92 (proxy),
 2.17 (contrast), all tokens equal; two and four stacked models take 0.86 and 0.85 times
-2 and 4 single ones; exact 5 s, union 12 s, MinED 59 s (54 to 65 in five runs), up to
-1.2 GiB. `eva` is not run yet; its bar is 600 s.
+2 and 4 single ones; exact 5 s, union 12 s, MinED 26 s, up to 1.2 GiB; EVA 300 s and
+4.2 GiB; from the cache ten seconds each.
 
 The second member of the ensemble is the model with noise, the small pair are its first
 E layers, with noise and without. Who comes first alternates from prompt to prompt.
