@@ -5,9 +5,9 @@ by the faster of transformers eager and compiled, and as fast as by llama.cpp; b
 weights are at least 2x our own plain float32, int8 at least 0.9x llama.cpp's q8_0; a
 batch of 8 is at least 2x transformers; a call of 8 tokens costs at most 1.5x one of 1.
 Command: python experiments/bench_decode.py [--smoke] [--data DIR] [--repeats R]
-[--batches B ...] [--engines NAME ...] [--threads N] [--output FILE] [--fresh]; a run
-that was stopped is taken up again. Peers are measured where `torch` (the extra
-`parity`) and `llama-cpp-python` are installed.
+[--batches B ...] [--engines NAME ...] [--alone ENGINE] [--threads N] [--output FILE]
+[--fresh]; a run that was stopped is taken up again. Peers are measured where `torch`
+(the extra `parity`) and `llama-cpp-python` are installed.
 Data: DIR or $COLLAB_JAX_DATA with gsm8k/test.jsonl (openai/grade-school-math) and
 spec_bench/question.jsonl (hemingkx/Spec-Bench), for the loss by rounding alone; without
 it a paragraph of this project.
@@ -18,19 +18,21 @@ Expected: not measured whole yet.
 SmolLM2-135M, a prompt of 129 tokens and 64 new ones, greedy. Engines take turns, who
 comes first rotates from repeat to repeat, and each runs once untimed before. Ratios are
 those of medians. The limit of a token is the bytes of all weights over the bandwidth
-that all threads measured together.
+that all threads measured together. Bytes and the delay of the first text are those of
+processes that hold one engine each, compiling included.
 """
 
 import argparse
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from decoding import limits, ours, peers, report
+from decoding import alone, limits, ours, peers, report
 from measuring.atomic import write_json
 from measuring.process import circumstances
 
@@ -49,7 +51,7 @@ def engines(subject: ours.Subject, threads: int) -> dict[str, tuple[Callable, in
     """How to make everything that is compared, and the widest batch it takes."""
     own = {
         f"ours {kind}": (lambda kind=kind: ours.Ours(subject, kind), 64)
-        for kind in ours.KINDS
+        for kind in subject.params
     }
     return own | peers.all_of(subject, threads)
 
@@ -198,13 +200,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--engines", nargs="+", metavar="NAME", help="by first letters")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--alone", metavar="ENGINE", help="its first texts, as JSON")
     parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
     if chosen.smoke:
         chosen.repeats, chosen.batches = 1, [1, 2]
-    subject = ours.toy() if chosen.smoke else ours.real(chosen.data, LENGTH, NEW)
+    began = time.perf_counter()
+    if chosen.smoke:
+        subject = ours.toy()
+    else:
+        kinds = ours.KINDS
+        if chosen.alone:
+            kinds = (chosen.alone.removeprefix("ours "),)
+        subject = ours.real(chosen.data, LENGTH, NEW, kinds)
     every = engines(subject, chosen.threads)
+    if chosen.alone:
+        if chosen.alone not in every:
+            parser.error(f"no engine {chosen.alone!r}; there are {', '.join(every)}")
+        alone.here(every[chosen.alone][0], subject, began)
+        return 0
     if chosen.engines:
         wanted = tuple(chosen.engines)
         every = {name: x for name, x in every.items() if name.startswith(wanted)}
@@ -231,6 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     save()
     compare(subject, every, chosen.batches, chosen.repeats, found, save)
     widths(subject, chosen.repeats, found, save)
+    options = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
+    names = list(every)[:1] if chosen.smoke else list(every)
+    alone.memories(names, options, found.setdefault("alone", {}), save)
     if "losses" not in found:
         found["losses"] = ours.losses(subject)
     sizes = {kind: tree.size(params) for kind, params in subject.params.items()}
@@ -239,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     found["bars"] = bars(found)
     save()
     report.show(found)
+    alone.show(found["alone"])
     if not chosen.smoke:
         report.plot(found, output.with_suffix(".png"))
     jax.clear_caches()

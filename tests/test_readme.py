@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -67,3 +69,8 @@ def test_table_is_whole():
     assert [int(row[0].strip("| ")) for row in rows] == list(range(1, 67))
     assert {len(row) for row in rows} == {7}
     assert {row[5] for row in rows} <= {"works", "formula", "planned"}
+
+
+def test_the_performance_table_is_what_the_results_say():
+    script = Path(__file__).parents[1] / "experiments" / "performance.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)

@@ -53,10 +53,17 @@ class Subject(NamedTuple):
         return [self.prompt[b : b + self.length] for b in range(batch)]
 
 
-def real(data: str | None, length: int, new: int) -> Subject:
-    """SmolLM2-135M in float32."""
-    model = load(NAME, dtype=jnp.float32)
-    params = {"plain": model.params} | {k: pack(model.params, k) for k in PACKED}
+def real(
+    data: str | None, length: int, new: int, kinds: Sequence[str] = KINDS
+) -> Subject:
+    """SmolLM2-135M in float32, in the kinds that are asked for."""
+    if len(kinds) == 1 and kinds[0] in PACKED:  # without the plain matrices beside them
+        model = load(NAME, dtype=jnp.float32, matrices=kinds[0])
+        params = {kinds[0]: model.params}
+    else:
+        model = load(NAME, dtype=jnp.float32)
+        packed = {k: pack(model.params, k) for k in kinds if k in PACKED}
+        params = {"plain": model.params} | packed
     words = model.tokenizer(TEXT).input_ids
     prompt = (words * (2 * (length + 64) // len(words) + 1))[: length + 64]
     texts = [words] if data is None else _texts(Path(data), model.tokenizer)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from collab_jax.uncertainty import Interval, paired_bootstrap
 
 FEW = 5
-PACKAGES = ["collab-jax", "jax", "jaxlib", "numpy"]
+PACKAGES = ["collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"]
 
 
 class Verdict(NamedTuple):

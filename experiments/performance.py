@@ -1,0 +1,243 @@
+"""The performance table of README.md, made from the results of the benchmarks.
+
+Claim: every number of the table is a median, or a ratio of medians, of a run whose
+JSON lies in experiments/results.
+Command: python experiments/performance.py [--smoke] [--check] [--output FILE]; it
+writes the part of README.md between its two marks anew. With `--check` it only says
+whether that is what the results say (status 1 if not), with `--smoke` it changes
+nothing.
+Hardware: none in particular; a second.
+Expected: one line for each comparison of bench_decode.py, bench_speculative.py,
+bench_distributions.py, bench_merge.py and bench_compile.py that was measured.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measuring.atomic import write_json
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+HEAD = "what", "ours", "the peer", "ratio", "runs"
+Found = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """A comparison."""
+
+    what: str
+    ours: str
+    peer: str
+    ratio: str
+    runs: str
+
+
+def decoding(found: Found) -> Iterator[Line]:
+    """Tokens a second, ours against the best of each peer, by weights and batch."""
+    lines = {(x["engine"], x["batch"]): x for x in found["table"]}
+    batches = sorted({x["batch"] for x in found["table"]})
+    eager = [f"transformers float32 {how}" for how in ("eager", "compiled")]
+    bfloat16 = [name.replace("float32", "bfloat16") for name in eager]
+    pairs = [
+        ("float32", "ours packed", eager),
+        ("float32", "ours packed", ["llama.cpp f32"]),
+        ("bfloat16", "ours bfloat16", bfloat16),
+        ("bfloat16", "ours bfloat16", ["llama.cpp bf16"]),
+        ("int8", "ours int8", ["llama.cpp q8_0"]),
+    ]
+    for key, what in (("decode", "new tokens"), ("prefill", "tokens of the prompt")):
+        for batch in batches:
+            for weights, own, peers in pairs:
+                there = [name for name in peers if (name, batch) in lines]
+                if (own, batch) not in lines or not there:
+                    continue
+                best = max(there, key=lambda name: lines[name, batch][key])
+                mine, other = lines[own, batch], lines[best, batch]
+                yield Line(
+                    f"SmolLM2-135M, {weights}, batch {batch}, {what} a second",
+                    f"{mine[key]:.1f}",
+                    f"{best}: {other[key]:.1f}",
+                    f"{mine[key] / other[key]:.2f}",
+                    str(mine["runs"]),
+                )
+    costs = {(x["kind"], x["tokens"]): x["seconds"] for x in found["costs"]}
+    for kind in dict.fromkeys(x["kind"] for x in found["costs"]):
+        eight, one = 1e3 * costs[kind, 8], 1e3 * costs[kind, 1]
+        yield Line(
+            f"SmolLM2-135M, {kind} weights, a call of 8 tokens over one of 1, ms",
+            f"{eight:.1f} over {one:.1f}",
+            "",
+            f"{eight / one:.2f}",
+            str(sum(x["kind"] == kind and x["tokens"] == 1 for x in found["widths"])),
+        )
+
+
+def speculation(found: Found) -> Iterator[Line]:
+    """Tokens a second with drafts, ours against assisted generation."""
+    yield from _against(found, "SmolLM2-135M with drafts")
+
+
+def distributions(found: Found) -> Iterator[Line]:
+    """Joined models against a processor of logits; stacked ones against one."""
+    yield from _against(found, "SmolLM2-135M joined")
+    for count, x in found.get("stacked", {}).items():
+        one, stacked = (statistics.median(x["seconds"][k]) for k in ("one", "stacked"))
+        yield Line(
+            f"{count} stacked SmolLM2-135M over {count} times one, seconds",
+            f"{stacked:.2f}",
+            f"one: {one:.2f}",
+            f"{stacked / one / int(count):.2f}",
+            str(len(x["seconds"]["one"])),
+        )
+
+
+def _against(found: Found, subject: str) -> Iterator[Line]:
+    for x in found.get("table", []):
+        repeats = {run["repeat"] for run in found["runs"] if run["way"] == x["way"]}
+        if x.get("peer"):
+            yield Line(
+                f"{subject}: {x['way']}, new tokens a second",
+                f"{x['ours']:.1f}",
+                f"transformers: {x['peer']:.1f}",
+                f"{x['over peer']:.2f}",
+                str(len(repeats)),
+            )
+
+
+def merging(found: Found) -> Iterator[Line]:
+    """Whole commands, ours against mergekit's."""
+    runs: dict[tuple, list[float]] = {}
+    for run in found["runs"]:
+        key = run["set"], run["method"], run["program"]
+        runs.setdefault(key, []).append(run["seconds"])
+    for bar in (x for x in found["bars"] if x["what"] == "times faster"):
+        key = bar["set"], bar["method"]
+        ours, peer = (_seconds(runs.get((*key, name))) for name in PROGRAMS)
+        yield Line(
+            f"merge {bar['method']}, {SETS.get(bar['set'], bar['set'])}, seconds",
+            ours,
+            f"mergekit: {peer}",
+            f"{bar['value']:.1f} times faster",
+            str(bar["repeats"]),
+        )
+
+
+PROGRAMS = "ours", "mergekit"
+SETS = {"smollm2": "three SmolLM2-135M", "1b": "three of 1.1B parameters"}
+
+
+def _seconds(times: list[float] | None) -> str:
+    return f"{statistics.median(times):.1f}" if times else "?"
+
+
+def starting(found: Found) -> Iterator[Line]:
+    """Start-up of whole processes."""
+    times: dict[str, list[float]] = {}
+    for run in found["runs"]:
+        times.setdefault(run["what"], []).append(run["seconds"])
+    middle = {what: statistics.median(seconds) for what, seconds in times.items()}
+    plain, ours = "import jax", "import jax, collab_jax"
+    yield Line(
+        "import collab_jax beyond import jax, seconds",
+        f"{middle[ours] - middle[plain]:.2f}",
+        "",
+        "",
+        str(len(times[ours])),
+    )
+    peer = middle.get("first tokens, transformers")
+    for what in ("first tokens, nothing compiled", "first tokens, as before"):
+        against = f"transformers: {peer:.1f}" if peer else ""
+        ratio = f"{peer / middle[what]:.2f} times faster" if peer else ""
+        yield Line(
+            f"a process that writes its {what}, seconds",
+            f"{middle[what]:.1f}",
+            against,
+            ratio,
+            str(len(times[what])),
+        )
+
+
+PARTS = {
+    "bench_decode": decoding,
+    "bench_speculative": speculation,
+    "bench_distributions": distributions,
+    "bench_merge": merging,
+    "bench_compile": starting,
+}
+
+
+def machine(found: Found) -> str:
+    """Where and with what a file was measured."""
+    on = found.get("circumstances") or found.get("run") or found.get("on")
+    if on is None and "sessions" in found:
+        on = found["sessions"][-1]
+    versions = (on or {}).get("versions") or found.get("packages", {})
+    names = "jax", "torch", "transformers", "mergekit", "llama-cpp-python"
+    known = [f"{name} {versions[name]}" for name in names if name in versions]
+    device = (on or {}).get("machine") or f"{found.get('cores')} cores"
+    device = re.sub(r"(\d+) kB", lambda x: f"{int(x[1]) / 2**20:.0f} GiB", device)
+    return f"{device}; {', '.join(known)}"
+
+
+def made(folder: Path) -> tuple[str, list[dict[str, str]]]:
+    """The part of the README, and its lines.
+
+    Args:
+      folder: with the results of the benchmarks; what is not there is left out.
+    """
+    text, every = [], []
+    for name, part in PARTS.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text("utf-8"))
+        lines = list(part(found))
+        every += [{"file": name} | line._asdict() for line in lines]
+        text.append(f"`{name}.py` ({machine(found)}):\n")
+        text.append(_row(HEAD) + "\n" + _row(["---"] * len(HEAD)))
+        text += [_row(line) for line in lines]
+        text[-1] += "\n"
+    return "\n".join(text), every
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes, or checks; 1 where the README says something else."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="change nothing")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--output", type=Path, help="for the lines as JSON")
+    chosen = parser.parse_args(arguments)
+    text, lines = made(RESULTS)
+    print(text)
+    if chosen.output:
+        write_json(chosen.output, {"lines": lines})
+    whole = README.read_text("utf-8")
+    before, _, rest = whole.partition(BEGIN)
+    old, mark, after = rest.partition(END)
+    if not mark:
+        print(f"{README} has no part between {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    new = f"\n\n{text}\n"
+    if chosen.check:
+        if old != new:
+            print(f"{README} says something else; run this without --check")
+        return int(old != new)
+    if not chosen.smoke:
+        README.write_text(before + BEGIN + new + END + after, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
