@@ -9,7 +9,7 @@ import gc
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 from click.exceptions import NoArgsIsHelpError
@@ -96,6 +96,8 @@ def main() -> None:
     # imported and once more at the end, takes a third of a second
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
+    # transformers would import torch where it finds it, which takes seconds and 300 MB
+    sys.modules.setdefault("torch", cast(Any, None))
     try:
         cli()
     except SystemExit as end:
