@@ -75,3 +75,16 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     write_model(folder)
     return str(folder)
+
+
+@pytest.fixture
+def read_in_blocks(monkeypatch):
+    """Sets how many slots attention reads at once; layers are traced anew then."""
+    from collab_jax.models import attention
+
+    def change(block):
+        monkeypatch.setattr(attention, "CPU_BLOCK", block)
+        jax.clear_caches()
+
+    yield change
+    jax.clear_caches()

@@ -100,17 +100,17 @@ def model(**more):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_a_long_buffer_obeys_the_laws(monkeypatch, window):
+def test_a_long_buffer_obeys_the_laws(read_in_blocks, window):
     """With blocks of 4 slots the buffer of 24 is read block by block."""
-    monkeypatch.setattr(attention, "CPU_BLOCK", 4)
+    read_in_blocks(4)
     config, params = model()
     config = dataclasses.replace(config, windows=(window, None))
     lm = language_model(transformer(config))
     testing.check_lm(lm, params, vocab=31, jit=True)
 
 
-def test_members_on_one_axis_are_read_together(monkeypatch):
-    monkeypatch.setattr(attention, "CPU_BLOCK", 4)
+def test_members_on_one_axis_are_read_together(read_in_blocks):
+    read_in_blocks(4)
     config, params = model()
     lm = language_model(transformer(config))
     both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)

@@ -71,8 +71,9 @@ def agree(results):
         ("gemma2", {"data": 4, "model": 2}, 4),  # the buffer is read in blocks
     ],
 )
-def test_tensor_and_data_parallel_decode(name, axes, block, monkeypatch):
-    monkeypatch.setattr(attention, "CPU_BLOCK", block)
+def test_tensor_and_data_parallel_decode(name, axes, block, read_in_blocks):
+    if block != attention.CPU_BLOCK:
+        read_in_blocks(block)
     lm, params = model(name)
     devices = mesh.make_mesh(**axes)
     sharded = mesh.shard(params, devices, mesh.tensor_parallel("model"))

@@ -69,7 +69,7 @@ class Layer(nn.Module):
         self.embed_norm = Norm(c, c.width, self.dtype)
         self.feature_norm = Norm(c, c.width, self.dtype)
         self.fc = Projection(2 * c.width, c.width, True, self.dtype)
-        self.block = Block(c, 0, self.dtype)
+        self.block = Block(c, c.sparse[0], self.dtype)
         self.norm = Norm(c, c.width, self.dtype)
 
     def fused(self, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary,
 of the hidden states, H key-value heads, K size of a head.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ class Block(nn.Module):
     """One layer: attention and MLP around a residual stream."""
 
     config: Config
-    index: int
+    sparse: bool
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -67,7 +68,7 @@ class Block(nn.Module):
         c = self.config
         self.attention = attention.Attention(c, self.dtype)
         self.mlp: nn.Module
-        if c.sparse[self.index]:
+        if self.sparse:
             self.mlp = Mixture(
                 c.width,
                 c.expert_inner,
@@ -104,6 +105,19 @@ class Block(nn.Module):
         return (x + attended + out if c.parallel else middle + out), cache, weights
 
 
+@functools.cache
+def _layer(config: Config, sparse: bool, dtype: Any, tapped: bool) -> Callable:
+    """A layer as a function of its parameters: traced once for all that are alike."""
+    block = Block(config, sparse, dtype, parent=None)
+
+    @jax.jit
+    def layer(params, x, cache, length, mask, within, angles):
+        args = x, cache, length, mask, within, angles, tapped
+        return block.apply({"params": params}, *args)
+
+    return layer
+
+
 class Decoder(nn.Module):
     """Embedding, layers, last norm and head."""
 
@@ -116,7 +130,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(c.vocab, c.width, self.dtype)
         if c.learned_positions:
             self.positions = Embedding(c.learned_positions, c.width, self.dtype)
-        self.layers = [Block(c, i, self.dtype) for i in range(c.layers)]
+        self.layers = [Block(c, sparse, self.dtype) for sparse in c.sparse]
         self.norm = Norm(c, c.width, self.dtype)
         if not c.tied:
             self.head = Projection(c.width, c.vocab, False, self.dtype)
@@ -156,10 +170,13 @@ class Decoder(nn.Module):
             rotary = c.rotary[i]
             angles = None if rotary is None else turns[rotary]
             window, tapped = c.windows[i], f"attention.{i + 1}" in taps
+            given = x, cache, length, masks[window], within[window], angles
             with jax.named_scope(f"layer_{i}"):
-                x, cache, weights = block(
-                    x, cache, length, masks[window], within[window], angles, tapped
-                )
+                if self.is_initializing():
+                    x, cache, weights = block(*given, tapped)
+                else:
+                    run = _layer(c, c.sparse[i], self.dtype, tapped)
+                    x, cache, weights = run(block.variables["params"], *given)
             caches.append(cache)
             seen[f"hidden.{i + 1}"] = x
             if tapped:
