@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import vocabularies as voc
 
@@ -44,7 +45,7 @@ def naive_matrix(embedding, anchors, scale=SCALE, raw=False):
     return np.array(found)
 
 
-def naive(rows, steps=5, rate=1.0, **more):
+def naive(rows, steps=5, rate=1.0, raw_slope=False, **more):
     """Float64, one place after the other."""
     pairs = zip(EMBEDDINGS, ANCHORS.T, strict=True)
     maps = [naive_matrix(e, a, **more) for e, a in pairs]
@@ -55,7 +56,8 @@ def naive(rows, steps=5, rate=1.0, **more):
         z = np.log(laws[0])
         for _ in range(steps):
             now = voc.softmax(z) @ maps[0]
-            z = z + rate * np.array([(m * wanted / now).sum() for m in maps[0]])
+            gain = np.array([(m * wanted / now).sum() for m in maps[0]])
+            z = z + (rate * gain if raw_slope else rate * np.log(gain))
         result.append(voc.softmax(z))
     return np.array(result)
 
@@ -72,7 +74,9 @@ def readings():
 def test_the_law_is_the_naive_one():
     found = voc.laws(model(), PARAMS, TEXT)
     np.testing.assert_allclose(found, naive(readings()), atol=2e-6)
-    for mistake in ({"raw": True}, {"steps": 4}, {"rate": 0.5}, {"scale": 30.0}):
+    for mistake in (
+        {"raw": True}, {"steps": 4}, {"rate": 0.5}, {"scale": 30.0}, {"raw_slope": True}
+    ):  # fmt: skip
         assert abs(found - naive(readings(), **mistake)).max() > 1e-3, mistake
 
 
@@ -81,6 +85,51 @@ def test_the_law_of_transformers_is_the_naive_one():
     found = voc.laws(model(lms=lms), params, TEXT[:4])
     rows = voc.model_readings(TEXT[:4], every=voc.WORDS[0])
     np.testing.assert_allclose(found, naive(rows), atol=1e-5)
+
+
+def adam(rows, steps, rate, decay):
+    """Float64: the slope of KL(r || p R) / A in the logits, and AdamW by hand."""
+    pairs = zip(EMBEDDINGS, ANCHORS.T, strict=True)
+    maps = [naive_matrix(e, a) for e, a in pairs]
+    result = []
+    for row in rows:
+        laws = [voc.softmax(z) for z in row]
+        wanted = sum(w * (p @ r) for w, p, r in zip(WEIGHTS, laws, maps, strict=True))
+        z, mean, square = np.log(laws[0]), np.zeros(PIVOT), np.zeros(PIVOT)
+        for t in range(1, steps + 1):
+            p = voc.softmax(z)
+            inner = -(maps[0] @ (wanted / (p @ maps[0]))) / len(wanted)
+            slope = p * (inner - (p * inner).sum())
+            mean = 0.9 * mean + 0.1 * slope
+            square = 0.999 * square + 0.001 * slope**2
+            move = mean / (1 - 0.9**t) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
+            z = z - rate(t - 1) * (move + decay * z)
+        result.append(voc.softmax(z))
+    return np.array(result)
+
+
+def test_the_steps_of_the_authors_code():
+    schedule = optax.cosine_decay_schedule(0.3, 5, 0.25)
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    found = voc.laws(model(optimizer=optimizer), PARAMS, TEXT)
+    expected = adam(readings(), 5, lambda t: float(schedule(t)), 0.01)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+    assert abs(found - adam(readings(), 5, lambda t: 0.3, 0.01)).max() > 1e-3
+    blocked = voc.laws(model(optimizer=optimizer, block=2), PARAMS, TEXT)
+    np.testing.assert_allclose(blocked, found, atol=1e-6)
+    first = jnp.array([0.0, -jnp.inf, 1.0, 2.0])
+    law = deepen(SPACES, *WEIGHTS, optimizer=optimizer)([first, jnp.zeros(MEMBER)])
+    assert jnp.isneginf(law).tolist() == [False, True, False, False]
+
+
+def test_no_token_loses_more_than_the_share_of_the_others():
+    """With rows that hardly overlap, where the slope itself is without bound."""
+    sharp = [relative(e, a, 1e3) for e, a in zip(EMBEDDINGS, ANCHORS.T, strict=True)]
+    z = jnp.array([0.0, -30.0, -60.0, -20.0]), jnp.zeros(MEMBER).at[0].set(50.0)
+    first = np.asarray(jax.nn.log_softmax(z[0]), np.float64)
+    for steps in (1, 2, 5):
+        found = jax.nn.log_softmax(deepen(sharp, *WEIGHTS, steps=steps)(z))
+        assert (found > first + steps * np.log(WEIGHTS[0]) - 1e-3).all()
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 100])
