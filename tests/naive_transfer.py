@@ -29,6 +29,7 @@ FORMS = {
     "mod": (3, lambda w: objectives.mod(w, 0.3, 0.7 - w)),
     "harmonic": (3, lambda w: objectives.power_mean(-1, w, 0.1, 0.9 - w)),
     "root": (3, lambda w: objectives.power_mean(0.5, w, 0.1, 0.9 - w)),
+    "jensen-shannon": (3, lambda w: objectives.jensen_shannon_mean(w, 1 - w)),
     "genarm": (3, lambda w: reward.genarm(w, 0.5)),
     "nudging": (2, lambda w: nudge.nudging(0.5 * w)),
 }
@@ -74,6 +75,32 @@ def power(exponent, factors, laws):
         return np.log(found)
 
 
+def between(factors, reference, *laws):
+    """The Jensen-Shannon mean: c is the root of the equation that it has to solve."""
+    odds = np.full(len(reference), INF)
+    for v, p in enumerate(reference):
+        both = list(zip(factors, (law[v] for law in laws), strict=True))
+        if p and all(q for w, q in both if w):
+            odds[v] = np.prod([(1 + p / q) ** w for w, q in both if w])
+    if np.isinf(odds).all():
+        return np.full(len(reference), -INF)
+
+    def law(c):
+        return np.array(
+            [
+                p / (c * a - 1) if a < INF else 0.0
+                for p, a in zip(reference, odds, strict=True)
+            ]
+        )
+
+    low, high = 1 / odds.min() * (1 + 1e-13), 2 / odds.min()
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if law(c).sum() > 1 else (low, c)
+    with np.errstate(divide="ignore"):
+        return np.log(law(high))
+
+
 def twin(name, w, z):
     """The definition at one place, from logits `[V]`, up to a constant."""
     laws = [log_softmax(member) for member in z]
@@ -104,6 +131,8 @@ def twin(name, w, z):
         return product_of_experts((1 - w, w), laws)
     if name == "mod":
         return product_of_experts((w, 0.3, 0.7 - w), laws)
+    if name == "jensen-shannon":
+        return between((w, 1 - w), *np.exp(laws))
     if name == "genarm":
         return product_of_experts((1, w, 0.5), laws)
     if name in ("harmonic", "root"):

@@ -140,6 +140,13 @@ IDENTITIES = {
     "power mean of 1": (
         objectives.power_mean(1, 0.3, 0.7), [A, B], pool.mixture(0.3, 0.7)([A, B]),
     ),
+    "jensen-shannon of one": (objectives.jensen_shannon_mean(1.0), [A, B], B),
+    "jensen-shannon of equals": (
+        objectives.jensen_shannon_mean(0.3, 0.7), [A, B, B], B,
+    ),
+    "jensen-shannon of the reference": (
+        objectives.jensen_shannon_mean(0.3, 0.7), [A, A, A], A,
+    ),
     "genarm of 0": (reward.genarm(0.0), [A, B], A),
     "genarm without a preference": (reward.genarm(2.0), [A, jnp.zeros_like(A)], A),
     "genarm is emulated tuning over an even reference": (
@@ -193,6 +200,7 @@ WRONG = {
     "sled": lambda w: layers.sled(-w, 3),  # a step away from the latent law
     "proxy tuning": lambda w: pool.linear(1, w, w),
     "emulated": lambda w: pool.linear(1, w, 0.5, -w, -0.5),  # pairs in another order
+    "jensen-shannon": lambda w: lambda z: pool.linear(w, 1 - w)(z[1:]),
     "genarm": lambda w: pool.linear(1 - w - 0.5, w, 0.5),  # a mean, as of equals
     "nudging": lambda w: lambda z: nudge.nudging(0.5 * w)(z[::-1]),
 }
@@ -228,6 +236,8 @@ def test_a_wrong_form_is_seen(name):
         (lambda: layers.sled()([A]), "an early layer"),
         (lambda: offset.emulated(), "without weights"),
         (lambda: offset.emulated(1)([A, B]), "3 members"),
+        (lambda: objectives.jensen_shannon_mean(1.5, -0.5), "at least 0"),
+        (lambda: objectives.jensen_shannon_mean(1.0)([A]), "2 weights for 1 members"),
         (lambda: reward.genarm(), "without weights"),
         (lambda: reward.genarm(1.0)([A]), "2 weights for 1 members"),
         (lambda: objectives.mod(0.5, 0.6), "of sum 1.1"),
