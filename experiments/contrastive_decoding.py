@@ -9,10 +9,14 @@ Command: python experiments/contrastive_decoding.py [--smoke] [--data DIR] [--ro
 [--fresh]; a run that was stopped is taken up again.
 Data: DIR or $COLLAB_JAX_DATA holds spec_bench/question.jsonl as for
 speculative_speed.py. Without it, a few prompts of this project are used.
-Hardware: two idle CPU cores, 8 GiB; estimated at ten minutes for 8 prompts, and three
-more to heal the small model where it is not there (`--smoke`: seconds, random toy
-models).
-Expected: not run whole yet.
+Hardware: two CPU cores, 8 GiB; ten minutes for 8 prompts, three of them to heal the
+small model where it is not there (`--smoke`: seconds, random toy models).
+Expected: (November 2026) half of the claim holds. All forms of the second kind are
+likelier than plain samples (by 0.7 to 0.95 bits a byte of 1.59), and greedy ones repeat
+3-grams less than greedy text by a margin that eight prompts do not tell from none
+(0.07 and 0.05 against 0.12). Search, the first form, repeats nothing (0.00) with the
+last token as amateur, at the likelihood of samples; with the small model as amateur,
+which was healed on the same prompts, it loops (0.29). Greedy texts equal with drafts.
 
 Amateurs: the small model of proxy_tuning.py, and the model itself where it sees no more
 of the prompt than its last token. Search is the first form, `log p_e - log p_a` over
