@@ -4,10 +4,10 @@ Claim: with packed float32 weights a text of batch 1 is written at least 2x as f
 by the faster of transformers eager and compiled, and as fast as by llama.cpp; bfloat16
 weights are at least 2x our own plain float32, int8 at least 0.9x llama.cpp's q8_0; a
 batch of 8 is at least 2x transformers; a call of 8 tokens costs at most 1.5x one of 1.
-Command: python experiments/bench_decode.py [--smoke] [--data DIR] [--repeats R]
-[--batches B ...] [--engines NAME ...] [--alone ENGINE] [--threads N] [--output FILE]
-[--fresh]; a run that was stopped is taken up again. Peers are measured where `torch`
-(the extra `parity`) and `llama-cpp-python` are installed.
+Command: python experiments/bench_decode.py [--smoke] [--model NAME] [--data DIR]
+[--repeats R] [--batches B ...] [--engines NAME ...] [--alone ENGINE] [--threads N]
+[--output FILE] [--fresh]; a run that was stopped is taken up again. Peers are measured
+where `torch` (the extra `parity`) and `llama-cpp-python` are installed.
 Data: DIR or $COLLAB_JAX_DATA with gsm8k/test.jsonl (openai/grade-school-math) and
 spec_bench/question.jsonl (hemingkx/Spec-Bench), for the loss by rounding alone; without
 it a paragraph of this project.
@@ -15,11 +15,12 @@ Hardware: two idle CPU cores, 8 GiB; about half an hour, most of it compiling
 (`--smoke`: seconds, ours alone, a random toy model).
 Expected: not measured whole yet.
 
-SmolLM2-135M, a prompt of 129 tokens and 64 new ones, greedy. Engines take turns, who
-comes first rotates from repeat to repeat, and each runs once untimed before. Ratios are
-those of medians. The limit of a token is the bytes of all weights over the bandwidth
-that all threads measured together. Bytes and the delay of the first text are those of
-processes that hold one engine each, compiling included.
+SmolLM2-135M, or NAME: another model, or `1b` or `8b`, a Llama of that size with random
+weights, ours alone; int8 alone of 8b. A prompt of 129 tokens and 64 new ones, greedy.
+Engines take turns, who comes first rotates from repeat to repeat, and each runs once
+untimed before. Ratios are those of medians. The limit of a token is the bytes of all
+weights over the bandwidth that all threads measured together. Bytes and the delay of
+the first text are those of processes that hold one engine each, compiling included.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from measuring.process import circumstances
 from collab_jax import native, tree
 from collab_jax.commands.progress import progress
 
-RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["collab-jax", "jax", "jaxlib", "numpy", "torch", "transformers"]
 PACKAGES += ["llama-cpp-python"]
 BATCHES = 1, 4, 8, 32
@@ -100,7 +101,7 @@ def compare(
 def widths(subject: ours.Subject, repeats: int, found: dict, save: Callable) -> None:
     """Seconds of a call of T tokens, kinds and T taking turns."""
     known = {(x["kind"], x["tokens"], x["repeat"]) for x in found["widths"]}
-    runs = {kind: ours.Wide(subject, kind) for kind in ours.KINDS}
+    runs = {kind: ours.Wide(subject, kind) for kind in subject.params}
     warm = set()
     for repeat in range(repeats):
         for kind, run in runs.items():
@@ -142,9 +143,10 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     bar("float32 over llama.cpp f32", ("ours packed", 1), [("llama.cpp f32", 1)], 1.0)
     bar("bfloat16 over plain float32", ("ours bfloat16", 1), [("ours plain", 1)], 2.0)
     bar("int8 over llama.cpp q8_0", ("ours int8", 1), [("llama.cpp q8_0", 1)], 0.9)
-    value = wide["packed", 8] / wide["packed", 1]
-    what = "8 tokens over one, float32, at most"
-    lines.append({"what": what, "value": value, "bar": 1.5, "held": value <= 1.5})
+    if ("packed", 8) in wide:
+        value = wide["packed", 8] / wide["packed", 1]
+        what = "8 tokens over one, float32, at most"
+        lines.append({"what": what, "value": value, "bar": 1.5, "held": value <= 1.5})
     return lines
 
 
@@ -175,7 +177,7 @@ def table(found: dict[str, Any], sizes: dict[str, int], length: int, new: int) -
             line["of the limit"] = seconds * new / middle
         found["table"].append(line)
     found["costs"] = []
-    for kind in ours.KINDS:
+    for kind in sizes:
         for count in WIDTHS:
             times = [
                 x["seconds"]
@@ -194,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where it ran, whatever the bars say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a random toy model")
+    parser.add_argument(
+        "--model", default=ours.NAME, help="1b or 8b for a Llama with random weights"
+    )
     parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=5)
@@ -203,7 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--alone", metavar="ENGINE", help="its first texts, as JSON")
     parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
     chosen = parser.parse_args(arguments)
-    output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
+    own = "" if chosen.model == ours.NAME else f"_{chosen.model.rpartition('/')[2]}"
+    output = chosen.output or RESULTS / f"bench_decode{own}.json"
+    if chosen.smoke and not chosen.output:
+        output = Path("smoke.json")
     if chosen.smoke:
         chosen.repeats, chosen.batches = 1, [1, 2]
     began = time.perf_counter()
@@ -213,7 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
         kinds = ours.KINDS
         if chosen.alone:
             kinds = (chosen.alone.removeprefix("ours "),)
-        subject = ours.real(chosen.data, LENGTH, NEW, kinds)
+        if chosen.model in ours.SHAPES:
+            subject = ours.shape(chosen.model, LENGTH, NEW, kinds)
+        else:
+            subject = ours.real(chosen.model, chosen.data, LENGTH, NEW, kinds)
     every = engines(subject, chosen.threads)
     if chosen.alone:
         if chosen.alone not in every:
@@ -227,6 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no engine begins so")
     setting = {"length": subject.length, "new": subject.new, "smoke": chosen.smoke}
     setting["threads"] = chosen.threads
+    if chosen.model != ours.NAME:
+        setting["model"] = chosen.model
     found: dict[str, Any] = {"setting": setting, "runs": [], "widths": []}
     found |= {"failed": {}, "native": native.status()}
     if output.exists() and not chosen.fresh:
@@ -247,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare(subject, every, chosen.batches, chosen.repeats, found, save)
     widths(subject, chosen.repeats, found, save)
     options = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
+    options += ["--model", chosen.model]
     names = list(every)[:1] if chosen.smoke else list(every)
     alone.memories(names, options, found.setdefault("alone", {}), save)
     if "losses" not in found:

@@ -62,22 +62,37 @@ def decoding(found: Found) -> Iterator[Line]:
                 best = max(there, key=lambda name: lines[name, batch][key])
                 mine, other = lines[own, batch], lines[best, batch]
                 yield Line(
-                    f"SmolLM2-135M, {weights}, batch {batch}, {what} a second",
+                    f"{name_of(found)}, {weights}, batch {batch}, {what} a second",
                     f"{mine[key]:.1f}",
                     f"{best}: {other[key]:.1f}",
                     f"{mine[key] / other[key]:.2f}",
                     str(mine["runs"]),
                 )
+    for x in (x for x in found["table"] if x["batch"] == 1 and "of the limit" in x):
+        kind, share = x["engine"].removeprefix("ours "), x["of the limit"]
+        yield Line(
+            f"{name_of(found)}, {kind} weights, batch 1, over the limit of the memory",
+            f"{x['decode']:.1f}",
+            f"limit: {x['decode'] / share:.1f}",
+            f"{share:.2f}",
+            str(x["runs"]),
+        )
     costs = {(x["kind"], x["tokens"]): x["seconds"] for x in found["costs"]}
     for kind in dict.fromkeys(x["kind"] for x in found["costs"]):
         eight, one = 1e3 * costs[kind, 8], 1e3 * costs[kind, 1]
         yield Line(
-            f"SmolLM2-135M, {kind} weights, a call of 8 tokens over one of 1, ms",
+            f"{name_of(found)}, {kind} weights, a call of 8 tokens over one of 1, ms",
             f"{eight:.1f} over {one:.1f}",
             "",
             f"{eight / one:.2f}",
             str(sum(x["kind"] == kind and x["tokens"] == 1 for x in found["widths"])),
         )
+
+
+def name_of(found: Found) -> str:
+    """The model of a file of bench_decode.py."""
+    name = found["setting"].get("model", "SmolLM2-135M")
+    return f"a random Llama of {name.upper()}" if name in ("1b", "8b") else name
 
 
 def speculation(found: Found) -> Iterator[Line]:
@@ -167,6 +182,9 @@ def starting(found: Found) -> Iterator[Line]:
 
 PARTS = {
     "bench_decode": decoding,
+    "bench_decode_gemma-3-270m": decoding,
+    "bench_decode_1b": decoding,
+    "bench_decode_8b": decoding,
     "bench_speculative": speculation,
     "bench_distributions": distributions,
     "bench_merge": merging,
@@ -201,7 +219,8 @@ def made(folder: Path) -> tuple[str, list[dict[str, str]]]:
         found = json.loads(path.read_text("utf-8"))
         lines = list(part(found))
         every += [{"file": name} | line._asdict() for line in lines]
-        text.append(f"`{name}.py` ({machine(found)}):\n")
+        script = name.partition("_1b")[0].partition("_8b")[0].partition("_gemma")[0]
+        text.append(f"`{script}.py` ({machine(found)}):\n")
         text.append(_row(HEAD) + "\n" + _row(["---"] * len(HEAD)))
         text += [_row(line) for line in lines]
         text[-1] += "\n"

@@ -39,11 +39,12 @@ enum class Set { best, generic, avx2, avx512, neon };
 constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
 constexpr int GROUP = 48;        // rows between two readings of a panel
-constexpr int64_t CHUNK = 1 << 16;  // bytes that a thread claims at least
+constexpr int64_t CHUNK = 1 << 18;  // bytes that a thread claims at least
 
-// x, its rows, K, a panel, its scales or null, y, the row stride of y, columns to write
-using Panel = void (*)(const float*, int64_t, int64_t, const void*, const float*,
-                       float*, int64_t, int64_t);
+// x, its rows, K, a panel, what will be read after it or null, its scales or null, y, the
+// row stride of y, columns to write
+using Panel = void (*)(const float*, int64_t, int64_t, const void*, const void*,
+                       const float*, float*, int64_t, int64_t);
 
 namespace generic {
 typedef int32_t Wide __attribute__((vector_size(16)));
@@ -163,13 +164,15 @@ class Job {
     return std::min(threads, (total_ + least - 1) / least);
   }
 
-  // Takes panels until none is left.
+  // Takes panels until none is left. The next ones are claimed before the last of the
+  // present ones, so that it is known what to ask the memory for: what lies behind a
+  // claim is the claim of another thread.
   void work() {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(claim_, std::memory_order_relaxed);
-      if (begin >= total_) return;
+    for (int64_t begin = claim(), then; begin < total_; begin = then) {
       const int64_t end = std::min(begin + claim_, total_);
-      for (int64_t i = begin; i < end; ++i) one(i);
+      for (int64_t i = begin; i + 1 < end; ++i) one(i, i + 1);
+      then = claim();
+      one(end - 1, then);
       done_.fetch_add(end - begin, std::memory_order_release);
     }
   }
@@ -181,11 +184,24 @@ class Job {
   }
 
  private:
-  void one(int64_t i) const {
-    auto product = products_.begin();
+  int64_t claim() { return next_.fetch_add(claim_, std::memory_order_relaxed); }
+
+  // The product that a panel belongs to, and which of its panels it is.
+  std::pair<const Product*, int64_t> find(int64_t i) const {
+    const Product* product = products_.data();
     for (; i >= product->count(); ++product) i -= product->count();
-    const int64_t at = i * PANEL;
-    panel_(product->x, product->rows, depth_, product->panels + i * bytes_,
+    return {product, i};
+  }
+
+  void one(int64_t i, int64_t then) const {
+    const auto [product, own] = find(i);
+    const char* following = nullptr;
+    if (then < total_) {
+      const auto [next, place] = find(then);
+      following = next->panels + place * bytes_;
+    }
+    const int64_t at = own * PANEL;
+    panel_(product->x, product->rows, depth_, product->panels + own * bytes_, following,
            product->scale ? product->scale + at : nullptr, product->y + at,
            product->width, std::min<int64_t>(product->width - at, PANEL));
   }

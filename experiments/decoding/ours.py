@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import decode, score
+from collab_jax import decode, score, tree
 from collab_jax.io.load import Model, load
 from collab_jax.lm import LM, language_model
 from collab_jax.models import transformer
 from collab_jax.models.config import from_hf
 from collab_jax.models.packed import KINDS as PACKED
-from collab_jax.models.packed import pack
+from collab_jax.models.packed import pack, pack_leaf
 
 NAME = "smollm2-135m-instruct"
 KINDS = "plain", *PACKED
+# Llama shapes with random weights, and the kinds that fit into 24 GiB together
+SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "1b": (
+        {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
+        | {"num_hidden_layers": 22, "num_attention_heads": 32}
+        | {"num_key_value_heads": 4},
+        PACKED,
+    ),
+    "8b": (
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8},
+        ("int8",),
+    ),
+}
 TEXT = """The harbour wakes before the town does. At four the first boats come in with
 their lamps still lit, and the men who wait on the quay count the crates aloud so that
 nobody can say later that there were fewer. By six the market is loud. A woman sells
@@ -46,7 +62,7 @@ class Subject(NamedTuple):
     length: int  # tokens of a prompt
     new: int
     texts: list[list[int]]  # on which the loss by rounding is measured
-    model: Model | None  # None for the toy
+    model: Model | None  # None for random weights
 
     def prompts(self, batch: int) -> list[list[int]]:
         """Unlike prompts of one length."""
@@ -54,20 +70,44 @@ class Subject(NamedTuple):
 
 
 def real(
-    data: str | None, length: int, new: int, kinds: Sequence[str] = KINDS
+    name: str, data: str | None, length: int, new: int, kinds: Sequence[str] = KINDS
 ) -> Subject:
-    """SmolLM2-135M in float32, in the kinds that are asked for."""
+    """A model of the hub in float32, in the kinds that are asked for."""
     if len(kinds) == 1 and kinds[0] in PACKED:  # without the plain matrices beside them
-        model = load(NAME, dtype=jnp.float32, matrices=kinds[0])
+        model = load(name, dtype=jnp.float32, matrices=kinds[0])
         params = {kinds[0]: model.params}
     else:
-        model = load(NAME, dtype=jnp.float32)
+        model = load(name, dtype=jnp.float32)
         packed = {k: pack(model.params, k) for k in kinds if k in PACKED}
         params = {"plain": model.params} | packed
     words = model.tokenizer(TEXT).input_ids
     prompt = (words * (2 * (length + 64) // len(words) + 1))[: length + 64]
     texts = [words] if data is None else _texts(Path(data), model.tokenizer)
     return Subject(model.lm, params, prompt, length, new, texts, model)
+
+
+def shape(name: str, length: int, new: int, kinds: Sequence[str]) -> Subject:
+    """A model of `SHAPES`; a tensor is packed as soon as it is drawn."""
+    raw, possible = SHAPES[name]
+    config = from_hf({"model_type": "llama", "tie_word_embeddings": False} | raw)
+    module = transformer.transformer(config)
+    shapes = jax.eval_shape(partial(transformer.init, config=config), jax.random.key(0))
+    drawn = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
+
+    def leaf(path, like, kind):
+        names = tree.path_string(path)
+        if like.ndim < 2:
+            return jnp.ones(like.shape, jnp.float32)
+        tensor = np.resize(drawn * like.shape[0] ** -0.5, like.shape)
+        return jnp.asarray(pack_leaf(names, tensor, kind, False))
+
+    params = {
+        kind: jax.tree_util.tree_map_with_path(partial(leaf, kind=kind), shapes)
+        for kind in kinds
+        if kind in possible
+    }
+    prompt = np.random.default_rng(1).integers(config.vocab, size=length + 64).tolist()
+    return Subject(language_model(module), params, prompt, length, new, [], None)
 
 
 def toy() -> Subject:
@@ -162,7 +202,7 @@ def losses(subject: Subject) -> dict[str, float]:
     width = max(map(len, subject.texts))
     run = jax.jit(score.score, static_argnums=(0, 4))
     found = {}
-    for kind in KINDS:
+    for kind in subject.params if subject.texts else ():
         total, count = 0.0, 0
         for text in subject.texts:
             row = np.zeros((1, width), np.int32)

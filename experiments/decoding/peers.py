@@ -87,6 +87,7 @@ class Llama:
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Timing:
         """Generates; a batch is refused."""
         (prompt,) = prompts
+        self.model.reset()  # or it would find the prompt of the last call in its cache
         begin = time.perf_counter()
         found, made = [], self.model.generate(list(prompt), top_k=1, temp=0.0)
         for token in made:
@@ -167,7 +168,7 @@ def all_of(subject: Subject, threads: int) -> dict[str, tuple[Callable[[], Run],
                     ),
                     32,
                 )
-    if has("llama_cpp"):
+    if has("llama_cpp") and not subject.model.config.head_norm:  # a Llama
         for kind in GGUF:
             found[f"llama.cpp {kind}"] = (
                 lambda kind=kind: Llama(subject, kind, threads),

@@ -35,7 +35,7 @@ def show(found: dict[str, Any]) -> None:
             f"  {x['tokens']:2}: {1e3 * x['seconds']:7.2f} ({x['over one']:.2f})",
             end="",
         )
-    print("\n\nnats a token of real text")
+    print("\n\nnats a token of real text" if found["losses"] else "\n")
     for kind, loss in found["losses"].items():
         more = loss - found["losses"]["plain"]
         print(
