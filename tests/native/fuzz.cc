@@ -85,7 +85,7 @@ struct Fuzz {
     const bool scaled = type == Type::int8;
     if (other) {
       for (int64_t p = 0; p < panels; ++p)
-        other(x.data, rows, depth, w.data + p * depth * PANEL * bytes_of(type),
+        other(x.data, rows, depth, w.data + p * depth * PANEL * bytes_of(type), nullptr,
               scaled ? scale.data + p * PANEL : nullptr, y.data + p * PANEL, width,
               std::min<int64_t>(width - p * PANEL, PANEL));
     } else {
