@@ -38,6 +38,7 @@ enum class Set { best, generic, avx2, avx512, neon };
 
 constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
+constexpr int LONG = 2048;       // and few rows
 constexpr int GROUP = 48;        // rows between two readings of a panel
 constexpr int64_t CHUNK = 1 << 18;  // bytes that a thread claims at least
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from decoding import ours
-from measuring.process import measure
+from measuring.process import measure, peak
 
 LIMIT = 600.0  # seconds a process may take
 
 
 def here(make: Callable[[], Callable], subject: ours.Subject, began: float) -> None:
-    """Writes a text twice with the engine, and prints what that took as JSON.
+    """Writes a text twice with the engine, and prints what that took.
 
     Args:
       make: the engine.
@@ -29,8 +29,8 @@ def here(make: Callable[[], Callable], subject: ours.Subject, began: float) -> N
     first = time.perf_counter()
     engine(subject.prompts(1))
     again = time.perf_counter() - first
-    seconds = {"loading": loaded - began, "first": first - loaded, "again": again}
-    print(json.dumps(seconds))
+    line = {"loading": loaded - began, "first": first - loaded, "again": again}
+    print(json.dumps({"peak": peak()} | line))
 
 
 def memories(
@@ -57,8 +57,7 @@ def memories(
             if "failed" in line:
                 found[name] = {"failed": line["failed"]}
             else:
-                said = json.loads(log.read_text("utf-8").splitlines()[-1])
-                found[name] = {"peak": line["peak"], **said}
+                found[name] = json.loads(log.read_text("utf-8").splitlines()[-1])
         save()
 
 

@@ -9,20 +9,26 @@ import numpy as np
 
 
 def bandwidth(threads: int, size: int = 1 << 29) -> float:
-    """Bytes that threads read in a second, together, from memory."""
-    parts = np.array_split(np.ones(size // 8, np.uint64), threads)
+    """Bytes that threads read in a second, together, from memory.
 
-    def read(part):
-        return np.bitwise_or.reduce(part)
+    Each reads in two places at once, which gives more than one.
+    """
+    halves = np.ones((threads, 2, size // (16 * threads)), np.uint64)
+    block = 1 << 15
+
+    def read(pair):
+        near = np.empty(block, np.uint64)  # stays in the cache
+        for at in range(0, pair.shape[1] - block + 1, block):
+            np.bitwise_or(pair[0, at : at + block], pair[1, at : at + block], out=near)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, parts))
+        list(pool.map(read, halves))
         best = float("inf")
         for _ in range(5):
             begin = time.perf_counter()
-            list(pool.map(read, parts))
+            list(pool.map(read, halves))
             best = min(best, time.perf_counter() - begin)
-    return size / best
+    return halves.nbytes / best
 
 
 def products(size: int = 2048) -> float:

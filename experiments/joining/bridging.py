@@ -6,7 +6,6 @@ what it took; what is kept on disk is kept in the folder CACHE.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from joining.member import GEMMA, SMOLLM2, spoken, toy
 from joining.report import Verdict
+from measuring.process import peak
 
 from collab_jax.ensemble.vocabulary.alignment import align, exact_pairs
 from collab_jax.ensemble.vocabulary.edit_distance import complete
@@ -136,15 +136,6 @@ def took(kind: str, pair: tuple[Side, Side], folder: Path) -> dict[str, Any]:
         seconds = round(time.perf_counter() - begin, 3)
     found = {"seconds": seconds, "peak": peak()}
     return found | {"cached": bool(before) and there() == before}
-
-
-def peak() -> int:
-    """Bytes of this process at most so far; `ru_maxrss` has those of its parent too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def bridges(

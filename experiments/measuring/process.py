@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -67,6 +68,15 @@ def measure(command: list[str], environment: dict, log: Path, limit: float) -> d
             else f"status {process.returncode}: {' '.join(lines[-1:])[-300:]}"
         )
     return found
+
+
+def peak() -> int:
+    """Bytes of this process at most so far; `ru_maxrss` has those of its parent too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _family(process: int) -> list[int]:
