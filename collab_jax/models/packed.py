@@ -6,12 +6,12 @@ packed matrix takes the place of a kernel or an embedding in the parameters, and
 model takes it unchanged. It is made once after loading; saving sees the plain tree
 again, and merging and training refuse what is packed.
 
-- Columns lie in panels of 32: one or a few rows then read a panel as one run of bytes,
-  which a prefetch follows, and keep their sums in registers.
-- One row of float32 is no faster so where the memory is the limit already (two Zen 3
-  cores). XLA on a CPU takes another way from two rows on, at 1.6 times the time of one
-  there; with panels the bytes decide up to about eight rows of float32, so that
-  verifying a draft costs little more than a token. For int8 it is fewer rows.
+- Columns lie in panels of 32: one or a few rows then read a panel from its beginning to
+  its end, in eight places at once, which the memory answers faster than one, and keep
+  their sums in registers. What is asked for ahead is what the same thread reads next.
+- XLA on a CPU takes another way from two rows on, at 1.4 times the time of one; with
+  panels the bytes decide up to about eight rows of float32, so that verifying a draft
+  costs little more than a token. For int8 it is fewer rows (two Zen 3 cores).
 - bfloat16 and int8 are widened in the registers, and sums are float32: only the weights
   are rounded. Rounding activations too, as products of int8 want it, changes texts.
 - On other devices than a CPU, and without the library, the plain form computes: a
