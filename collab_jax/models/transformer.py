@@ -1,7 +1,9 @@
 """The decoder transformer of every family, as a `Backbone`.
 
 Linen makes and names the parameters; the cache is an argument, and the loop over
-layers is unrolled, because a scan over stacked layers copies their weights.
+layers is unrolled, because a scan over stacked layers copies their weights. Layers that
+are alike are one jitted function, so that a program of many is traced in the time of
+one.
 
 Shapes: B rows, T tokens of this call, N nodes of a tree, S slots, V vocabulary, W size
 of the hidden states, H key-value heads, K size of a head.
