@@ -6,7 +6,9 @@ share a handful of programs.
 Command: python experiments/bench_compile.py [--smoke] [--model NAME] [--repeats R]
 [--output FILE]; torch transformers takes part where it is installed.
 Hardware: two CPU cores, 4 GiB, five minutes (`--smoke`: seconds, a random toy model).
-Expected: not run yet.
+Expected: (November 2026) import collab_jax nothing beyond jax that can be told, help
+0.15 s; first tokens of SmolLM2-135M 14 s with all to compile and 6.6 s after, where
+transformers takes 9.1 s; 19 mixed prompts need 3 large programs, and none anew.
 """
 
 import argparse

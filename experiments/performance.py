@@ -170,7 +170,7 @@ def starting(found: Found) -> Iterator[Line]:
     peer = middle.get("first tokens, transformers")
     for what in ("first tokens, nothing compiled", "first tokens, as before"):
         against = f"transformers: {peer:.1f}" if peer else ""
-        ratio = f"{peer / middle[what]:.2f} times faster" if peer else ""
+        ratio = f"{middle[what] / peer:.2f}" if peer else ""
         yield Line(
             f"a process that writes its {what}, seconds",
             f"{middle[what]:.1f}",
