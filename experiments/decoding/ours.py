@@ -99,7 +99,7 @@ def shape(name: str, length: int, new: int, kinds: Sequence[str]) -> Subject:
         if like.ndim < 2:
             return jnp.ones(like.shape, jnp.float32)
         tensor = np.resize(drawn * like.shape[0] ** -0.5, like.shape)
-        return jnp.asarray(pack_leaf(names, tensor, kind, False))
+        return pack_leaf(names, jnp.asarray(tensor), kind, False)
 
     params = {
         kind: jax.tree_util.tree_map_with_path(partial(leaf, kind=kind), shapes)
@@ -135,6 +135,12 @@ def _texts(folder: Path, tokenizer: Any) -> list[list[int]]:
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     long = [row["turns"][0] for row in rows if row["category"] == "summarization"]
     return [tokenizer(text).input_ids[:512] for text in found + long[:8]]
+
+
+def read(params: Any) -> int:
+    """Bytes of the parameters that a token reads: of an untied embedding, a row."""
+    own = tree.size(params)
+    return own - tree.size(params["embed"]) if "head" in params else own
 
 
 class Ours:
@@ -199,7 +205,7 @@ class Wide:
 
 def losses(subject: Subject) -> dict[str, float]:
     """Nats a token of the texts, by kind of weights."""
-    width = max(map(len, subject.texts))
+    width = max(map(len, subject.texts), default=0)
     run = jax.jit(score.score, static_argnums=(0, 4))
     found = {}
     for kind in subject.params if subject.texts else ():
