@@ -180,11 +180,8 @@ def starting(found: Found) -> Iterator[Line]:
         )
 
 
-PARTS = {
+PARTS = {  # by script; a result is named after it, and after the model that it is of
     "bench_decode": decoding,
-    "bench_decode_gemma-3-270m": decoding,
-    "bench_decode_1b": decoding,
-    "bench_decode_8b": decoding,
     "bench_speculative": speculation,
     "bench_distributions": distributions,
     "bench_merge": merging,
@@ -212,14 +209,11 @@ def made(folder: Path) -> tuple[str, list[dict[str, str]]]:
       folder: with the results of the benchmarks; what is not there is left out.
     """
     text, every = [], []
-    for name, part in PARTS.items():
-        path = folder / f"{name}.json"
-        if not path.exists():
-            continue
+    paths = [(name, x) for name in PARTS for x in sorted(folder.glob(f"{name}*.json"))]
+    for script, path in paths:
         found = json.loads(path.read_text("utf-8"))
-        lines = list(part(found))
-        every += [{"file": name} | line._asdict() for line in lines]
-        script = name.partition("_1b")[0].partition("_8b")[0].partition("_gemma")[0]
+        lines = list(PARTS[script](found))
+        every += [{"file": path.stem} | line._asdict() for line in lines]
         text.append(f"`{script}.py` ({machine(found)}):\n")
         text.append(_row(HEAD) + "\n" + _row(["---"] * len(HEAD)))
         text += [_row(line) for line in lines]

@@ -82,9 +82,13 @@ def read_in_blocks(monkeypatch):
     """Sets how many slots attention reads at once; layers are traced anew then."""
     from collab_jax.models import attention
 
+    before = attention.CPU_BLOCK
+
     def change(block):
-        monkeypatch.setattr(attention, "CPU_BLOCK", block)
-        jax.clear_caches()
+        if block != before:
+            monkeypatch.setattr(attention, "CPU_BLOCK", block)
+            jax.clear_caches()
 
     yield change
-    jax.clear_caches()
+    if before != attention.CPU_BLOCK:
+        jax.clear_caches()

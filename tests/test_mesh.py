@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from collab_jax import combine, decode, mesh, pool, score, warp
 from collab_jax.lm import language_model
-from collab_jax.models import attention, encoder, encoder_config, marian
+from collab_jax.models import encoder, encoder_config, marian
 from collab_jax.models.config import from_hf
 from collab_jax.models.marian_config import MarianConfig
 from collab_jax.models.transformer import init, transformer
@@ -72,8 +72,7 @@ def agree(results):
     ],
 )
 def test_tensor_and_data_parallel_decode(name, axes, block, read_in_blocks):
-    if block != attention.CPU_BLOCK:
-        read_in_blocks(block)
+    read_in_blocks(block)
     lm, params = model(name)
     devices = mesh.make_mesh(**axes)
     sharded = mesh.shard(params, devices, mesh.tensor_parallel("model"))

@@ -7,10 +7,7 @@ and they would take a third of it.
 
 import difflib
 import hashlib
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from filelock import FileLock
 
 from collab_jax.cache import cache
 from collab_jax.io import wheels
+from collab_jax.io.new_folder import new_folder
 from collab_jax.io.wheels import MODELS
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
@@ -52,6 +50,7 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
       ValueError: for a folder or a file that holds no model, or a download whose
         checksum is wrong.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp())
     >>> size = (path / "config.json").write_text("{}")
     >>> fetch(path) == path
@@ -150,14 +149,5 @@ def _once(target: Path) -> Iterator[Path | None]:
         if target.exists():
             yield None
             return
-        partial = Path(
-            tempfile.mkdtemp(
-                prefix=f".{target.name}.", suffix=".partial", dir=target.parent
-            )
-        )
-        try:
+        with new_folder(target) as partial:
             yield partial
-            partial.chmod(0o755)
-            os.replace(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -198,18 +198,15 @@ def _matches(
     size = np.array([len(word) for word in block])
     codes = _codes(block)
     alphabet, row = np.unique(codes, return_inverse=True)
-    known = alphabet != ord(UNKNOWN)
-    row = np.where(known, 1 + np.arange(len(alphabet)), 0)[row]
     rows = 1 << len(alphabet).bit_length()  # few sizes, so few programs
     word = np.iinfo(lane).bits
     bits = np.zeros((rows, words, width), lane)
     at = np.arange(len(codes)) - np.repeat(np.cumsum(size) - size, size)
-    where = row, at // word, np.repeat(np.arange(len(block)), size)
+    where = row + 1, at // word, np.repeat(np.arange(len(block)), size)
     np.bitwise_or.at(bits, where, lane(1) << (at % word).astype(lane))
-    bits[0] = 0
+    bits[1 : len(alphabet) + 1][alphabet == ord(UNKNOWN)] = 0  # it matches nothing
     place = np.minimum(np.searchsorted(alphabet, symbols), len(alphabet) - 1)
-    there = (alphabet[place] == symbols) & known[place]
-    symbol = np.where(there, place + 1, 0).astype(np.int32)
+    symbol = np.where(alphabet[place] == symbols, place + 1, 0).astype(np.int32)
     return bits, np.pad(size, (0, width - len(size))).astype(np.int32), symbol
 
 
