@@ -6,7 +6,8 @@ context-aware, and all of these at once), is token for token that of plain greed
 decoding of the same target; where it is not, the two best candidates are shown to lie
 within 1e-4. So is the full cross of targets and proposers, on short texts.
 Command: python experiments/speculative_exact.py [--smoke] [--toy] [--data DIR]
-[--parts P ...] [--rows N] [--output FILE]; a run that was stopped is taken up again.
+[--parts P ...] [--rows N] [--plain] [--output FILE]; a run that was stopped is taken
+up again. Matrices are packed (`collab_jax.models.packed`), with `--plain` they are not.
 Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
 `cross` (one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 from measuring.atomic import write_json
 from speculating import same
-from speculating.strategies import Source, Strategy, sources, targets
+from speculating.strategies import Source, Strategy, packed_each, sources, targets
 from speculating.subject import Subject, real, texts, toy
 
 from collab_jax import decode
@@ -82,6 +83,8 @@ class Trial:
     def __init__(self, subject: Subject, chosen: argparse.Namespace, found: dict):
         """Keeps what was found before."""
         self.subject, self.found = subject, found
+        plain = chosen.plain or found["setting"]["toy"]
+        self.packed = (lambda params: params) if plain else packed_each
         self.targets = targets(subject, chosen.layers)
         self.sources = sources(subject, chosen.layers)
         self.of: tuple[str, Strategy] | None = None
@@ -90,13 +93,15 @@ class Trial:
         """A target; only the last one stays in memory."""
         if self.of is None or self.of[0] != name:
             self.of = None
-            self.of = name, self.targets[name]()
+            made = self.targets[name]()
+            self.of = name, made._replace(params=self.packed(made.params))
         return self.of[1]
 
     def run(self, case: Case, advance: Callable[[], None]) -> dict[str, Any]:
         """Decodes the case, and plainly what is not known yet."""
         target = self.strategy(case.target)
         source: Source = self.sources[case.source]()
+        source = source._replace(params=self.packed(source.params))
         new = 32 if case.short else self.subject.new
         ends = {"eos": self.subject.eos}
         plain = decode.compile(lambda _: decode.greedy(target.lm, new, **ends))
@@ -169,6 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rows", type=int, default=10, help="prompts of a group")
+    parser.add_argument(
+        "--plain", action="store_true", help="matrices that are not packed, as --toy"
+    )
     parser.add_argument("--layers", type=int, help="of draft models and amateurs")
     chosen = parser.parse_args(arguments)
     small = chosen.smoke or chosen.toy
@@ -178,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     subject = toy() if small else real(chosen.data, chosen.rows)
     chosen.layers = chosen.layers or (1 if small else 25)
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "toy": small}
+    setting |= {"plain": True} if chosen.plain else {}
     setting |= {"layers": chosen.layers, "new": subject.new, "length": subject.length}
     found: dict[str, Any] = {"setting": setting, "plain": {}, "cases": {}}
     if output.exists():

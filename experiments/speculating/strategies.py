@@ -24,7 +24,7 @@ from collab_jax.cooperate.efficient.draft_tree import draft_tree
 from collab_jax.cooperate.efficient.parallel import parallel, parallel_tree
 from collab_jax.lm import LM, Features, language_model
 from collab_jax.merge import memory, recipes
-from collab_jax.models import transformer
+from collab_jax.models import packed, transformer
 from collab_jax.models.parallel_heads import medusa
 
 DRAFTED = 4  # tokens of a draft of a model
@@ -58,6 +58,13 @@ def noisy(params: Any, seed: int, scale: float) -> Any:
         x + scale * x.std() * jax.random.normal(key, x.shape, x.dtype)
         for key, x in zip(keys, leaves, strict=True)
     )
+
+
+def packed_each(params: Any) -> Any:
+    """The parameters of each model in nested tuples with packed matrices."""
+    if isinstance(params, tuple):
+        return tuple(packed_each(own) for own in params)
+    return packed.pack(params) if isinstance(params, dict) else params
 
 
 def targets(
