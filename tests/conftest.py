@@ -92,3 +92,14 @@ def read_in_blocks(monkeypatch):
     yield change
     if before != attention.CPU_BLOCK:
         jax.clear_caches()
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "neon"])
+def instructions(request, monkeypatch):
+    """Each instruction set of this processor, in turn."""
+    from collab_jax import native
+
+    if request.param not in native.status():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("COLLAB_JAX_NATIVE", request.param)
+    return request.param

@@ -19,15 +19,6 @@ HERE = build.SETS[1:]
 needed = pytest.mark.skipif(not native.available(), reason=native.status())
 
 
-@pytest.fixture(params=HERE)
-def instructions(request, monkeypatch):
-    """Each instruction set of this processor, in turn."""
-    if request.param not in native.status():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("COLLAB_JAX_NATIVE", request.param)
-    return request.param
-
-
 def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 

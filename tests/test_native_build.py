@@ -28,8 +28,8 @@ def test_without_a_compiler_xla_computes(case, monkeypatch, tmp_path):
     compiler, reason = FAILING[case]
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("COLLAB_JAX_CACHE", str(tmp_path / "cache"))
-    target, loaded, said = build._registered.__wrapped__()
-    assert target is None
+    digest, loaded, said = build._registered.__wrapped__()
+    assert digest is None
     assert loaded is None
     assert said.startswith("off, XLA computes instead: ")
     assert re.search(reason, said)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from collab_jax import slots
+from collab_jax import native, slots
 from collab_jax.models.config import Config
-from collab_jax.models.linear import Projection, together
+from collab_jax.models.linear import Projection, is_native, together
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import rotate
 
@@ -27,6 +27,7 @@ from collab_jax.models.rotary import rotate
 # 1 and 8); an accelerator starts a kernel for each step of each turn
 CPU_BLOCK = 128
 BLOCK = 1024
+FEW = 16  # tokens up to which native code is faster than kernels for a whole text
 
 
 def attend(
@@ -152,13 +153,64 @@ def attend_within(
 
 @attend_within.defjvp
 def _(scale, cap, block, primals, tangents):
+    tangent = _tangent(primals, tangents, scale, cap)
+    return attend_within(*primals, scale, cap, block), tangent
+
+
+def _tangent(primals, tangents, scale, cap):
+    """The derivative of `attend` by q, k and v."""
     parts, mask = primals[:3], primals[3]
 
     def whole(q, k, v):
         return attend(q, k, v, mask, scale, cap)[0]
 
-    _, tangent = jax.jvp(whole, parts, tangents[:3])
-    return attend_within(*primals, scale, cap, block), tangent
+    return jax.jvp(whole, parts, tangents[:3])[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def attend_natively(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    reach: tuple[jax.Array, jax.Array],
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """The output of `attend` by native code, from the slots that `reach` touches.
+
+    XLA takes ten small kernels for the attention of a token, which cost more than what
+    they do. Weights stay float32 where the cache is bfloat16; derivatives are those of
+    `attend`. On a CPU alone, and where `collab_jax.native` is available.
+
+    Args:
+      q: `[B, T, H * G, K]`.
+      k: `[B, H, S, K]` float32 or bfloat16.
+      v: likewise.
+      mask: `[B, T, S]` bool; False outside of `reach`.
+      reach: first slot, and the slot behind the last, that any token may read: `[]`.
+      scale: see `attend`.
+      cap: see `attend`.
+
+    >>> q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 5, 4))
+    >>> mask, reach = jnp.arange(5)[None, None] < 3, (jnp.int32(0), jnp.int32(3))
+    >>> read = attend_natively if native.available() else attend_within
+    >>> more = () if native.available() else (2,)
+    >>> read(q, k, 2 * k, mask, reach, 0.5, None, *more)[0, 0, :3].tolist()
+    [2.0, 2.0, 2.0]
+    """
+    first, last = (jnp.asarray(slot, jnp.int32) for slot in reach)
+    queries = (q * jnp.asarray(scale, q.dtype)).astype(jnp.float32)
+    result = jax.eval_shape(lambda *args: attend(*args, 1.0)[0], queries, k, v, mask)
+    return native.attend(queries, k, v, mask, (first, last), cap, result).astype(
+        q.dtype
+    )
+
+
+@attend_natively.defjvp
+def _(scale, cap, primals, tangents):
+    tangent = _tangent(primals, tangents, scale, cap)
+    return attend_natively(*primals, scale, cap), tangent
 
 
 def reach(
@@ -263,18 +315,38 @@ class Attention(nn.Module):
             values = slots.write(cache[1], v, length, axis=2)
             cache = (keys, values)
         numbers = c.query_scale, c.attention_cap
-        if tapped or cache is None or keys.shape[2] <= 2 * CPU_BLOCK:
+        if tapped or cache is None:
             out, weights = attend(q, keys, values, mask, *numbers)
             return self.o(out), cache, weights if tapped else None
+
+        def read(block, q, keys, values, mask, within):
+            if keys.shape[2] <= 2 * CPU_BLOCK:
+                return attend(q, keys, values, mask, *numbers)[0]
+            block = min(block, keys.shape[2])
+            return attend_within(q, keys, values, mask, within, *numbers, block)
+
+        def on_a_cpu(*args):
+            if q.shape[1] <= FEW and self._natively(keys):
+                return attend_natively(*args, *numbers)
+            return read(CPU_BLOCK, *args)
+
         out = jax.lax.platform_dependent(
             q,
             keys,
             values,
             mask,
             within,
-            cpu=lambda *args: attend_within(*args, *numbers, CPU_BLOCK),
-            default=lambda *args: attend_within(
-                *args, *numbers, min(BLOCK, keys.shape[2])
-            ),
+            cpu=on_a_cpu,
+            default=functools.partial(read, BLOCK),
         )
         return self.o(out), cache, None
+
+    def _natively(self, keys: jax.Array) -> bool:
+        """Whether native code reads the cache: where it multiplies the matrices.
+
+        Those lie on one device; XLA would gather a cache that lies on several.
+        """
+        types = keys.dtype in (jnp.float32, jnp.bfloat16)
+        return (
+            types and keys.shape[3] <= native.LARGEST and is_native(self.o.weights()[0])
+        )

@@ -68,6 +68,15 @@ def project_all(
     return tuple(y if b is None else y + b.astype(y.dtype) for y, b in products)
 
 
+def is_native(kernel: Kernel) -> bool:
+    """Whether native code multiplies by a weight matrix, on a CPU.
+
+    >>> is_native(jnp.eye(2))
+    False
+    """
+    return isinstance(kernel, Packed) and packed.is_fast(kernel)
+
+
 def contract(equation: str, x: jax.Array, kernels: Kernel) -> jax.Array:
     """Multiplies by the weight matrices of several experts, as `jnp.einsum` does.
 

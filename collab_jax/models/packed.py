@@ -130,10 +130,19 @@ def project_all(x: jax.Array, kernels: Sequence[Packed]) -> tuple[jax.Array, ...
 def _multiply(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
     """`[..., N]` float32 for each kernel."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
-    fits = all(kernel.panels.shape[-1] == native.LANES for kernel in kernels)
-    fast = fits and x.size > 0 and native.available()
+    fast = x.size > 0 and all(map(is_fast, kernels))
     found = (_fast if fast else _plain)(flat, kernels)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
+
+
+def is_fast(kernel: Packed) -> bool:
+    """Whether the native library multiplies by a packed matrix.
+
+    >>> kernel = pack({"kernel": jnp.ones((2, 3))}, "int8")["kernel"]
+    >>> is_fast(kernel) == native.available()
+    True
+    """
+    return kernel.panels.shape[-1] == native.LANES and native.available()
 
 
 def _plain(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:

@@ -1,4 +1,5 @@
-"""Products with weight matrices on a CPU, in C++ through XLA's foreign functions."""
+"""Products with weight matrices and attention on a CPU, in C++ through XLA."""
 
+from collab_jax.native.attention import LARGEST, attend
 from collab_jax.native.build import library, status
 from collab_jax.native.products import LANES, available, products

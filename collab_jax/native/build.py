@@ -29,7 +29,18 @@ import jaxlib
 from collab_jax.cache import cache
 
 SETS = "best", "generic", "avx2", "avx512", "neon"  # in the order of product.h
-SOURCES = "product.cc", "product.h", "panel.inc"
+UNITS = "product.cc", "attention.cc"
+SOURCES = (
+    *UNITS,
+    "product.h",
+    "attention.h",
+    "sets.h",
+    "share.h",
+    "arrays.h",
+    "panel.inc",
+    "heads.inc",
+)
+HANDLERS = "products", "attend"
 FLAGS = "-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"
 COMPILERS = "c++", "g++", "clang++"
 SECONDS = 300  # for a compiler that hangs
@@ -40,9 +51,22 @@ _log = logging.getLogger(__name__)
 class Library(NamedTuple):
     """The library, or why there is none."""
 
-    target: str | None  # the name that XLA knows its handler by
+    digest: str | None  # tells it apart; a part of the names of its handlers
     set: int  # number of the instruction set to use
     reason: str
+
+    def target(self, name: str) -> str:
+        """What XLA knows a handler by.
+
+        Raises:
+          RuntimeError: where there is no library.
+
+        >>> Library("0a", 0, "on").target("products")
+        'collab_jax_products_0a'
+        """
+        if self.digest is None:
+            raise RuntimeError(f"there is no native library: {self.reason}")
+        return f"collab_jax_{name}_{self.digest}"
 
 
 def chosen() -> str:
@@ -93,25 +117,26 @@ def status() -> str:
 def _library(value: str) -> Library:
     if value == "0":
         return Library(None, 0, "off: COLLAB_JAX_NATIVE=0")
-    target, loaded, reason = _registered()
+    digest, loaded, reason = _registered()
     if loaded is None:
         return Library(None, 0, reason)
     if not loaded.collab_jax_supports(SETS.index(value)):
         raise ValueError(
             f"COLLAB_JAX_NATIVE={value}: this processor does not have it; {reason}"
         )
-    return Library(target, SETS.index(value), reason)
+    return Library(digest, SETS.index(value), reason)
 
 
 @functools.cache
 def _registered() -> tuple[str | None, ctypes.CDLL | None, str]:
-    """Name of the handler, the loaded library, and what there is to say."""
+    """Digest of the library, itself, and what there is to say."""
     try:
         path, digest = built()
         loaded = ctypes.CDLL(str(path))
-        target = f"collab_jax_products_{digest}"
-        handler = jax.ffi.pycapsule(loaded.collab_jax_products)
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+        for name in HANDLERS:
+            handler = jax.ffi.pycapsule(loaded[f"collab_jax_{name}"])
+            target = Library(digest, 0, "").target(name)
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
         found = [
             name
             for number, name in enumerate(SETS)
@@ -121,7 +146,7 @@ def _registered() -> tuple[str | None, ctypes.CDLL | None, str]:
         reason = f"off, XLA computes instead: {error}"
         _log.warning("the native library is %s", reason)
         return None, None, reason
-    return target, loaded, f"on: {', '.join(found)}"
+    return digest, loaded, f"on: {', '.join(found)}"
 
 
 def built() -> tuple[Path, str]:
@@ -150,14 +175,15 @@ def built() -> tuple[Path, str]:
         if path.stem.endswith(_digest(path.read_bytes())):
             return path, digest
         path.unlink(missing_ok=True)
-    return _compile(here / SOURCES[0], folder, f"products-{digest}"), digest
+    units = [str(here / name) for name in UNITS]
+    return _compile(units, folder, f"products-{digest}"), digest
 
 
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _compile(source: Path, folder: Path, name: str) -> Path:
+def _compile(units: list[str], folder: Path, name: str) -> Path:
     """Compiles into another file, which then gets its name, whole or not at all."""
     compiler = _compiler()
     _log.info("building the native library with %s, once", compiler)
@@ -165,7 +191,7 @@ def _compile(source: Path, folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         out = Path(scratch) / "products.so"
         includes = "-isystem", jax.ffi.include_dir()
-        command = [compiler, *FLAGS, *includes, str(source), "-o", str(out)]
+        command = [compiler, *FLAGS, *includes, *units, "-o", str(out)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=SECONDS, check=False

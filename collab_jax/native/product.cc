@@ -1,44 +1,11 @@
 // The products of product.h as a handler of XLA's foreign function interface.
 
-#include <string>
-
+#include "arrays.h"
 #include "product.h"
-#include "xla/ffi/api/ffi.h"
+#include "share.h"
 
 namespace collab_jax {
 namespace {
-
-namespace ffi = xla::ffi;
-using Dimensions = ffi::AnyBuffer::Dimensions;
-
-ffi::Error wrong(const std::string& what) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "collab_jax: " + what);
-}
-
-// An array `[*lead, *own]`: an axis that vmap put in front has its size, or 1 where the
-// array is shared.
-struct Led {
-  Dimensions dims;
-  size_t lead;
-
-  bool shared() const {
-    return std::all_of(dims.begin(), dims.begin() + lead, [](int64_t d) { return d == 1; });
-  }
-
-  int64_t own(size_t axis) const { return dims[lead + axis]; }
-
-  // Elements before the part of one member of `all`.
-  int64_t offset(int64_t member, Dimensions all) const {
-    int64_t size = 1, found = 0;
-    for (size_t axis = lead; axis < dims.size(); ++axis) size *= dims[axis];
-    for (size_t axis = lead; axis-- > 0;) {
-      if (dims[axis] > 1) found += member % all[axis] * size;
-      member /= all[axis];
-      size *= dims[axis];
-    }
-    return found;
-  }
-};
 
 // Operands: x [*lead, R, K]; n matrices of panels [*lead, P, K, 32]; for int8 their n
 // scales [*lead, N]. Results: n times [*lead, R, N].
@@ -96,8 +63,8 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
            scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,
            (*y)->typed_data<float>() + member * rows * width, width});
   }
-  compute(Set(set), type, depth, std::move(found), pool.num_threads(),
-          [&](auto task) { pool.Schedule(std::move(task)); });
+  compute(std::make_shared<Job>(Set(set), type, depth, std::move(found)),
+          pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 

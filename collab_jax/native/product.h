@@ -9,131 +9,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define TARGET_BEGIN(set) \
-  _Pragma(TEXT(clang attribute push(__attribute__((target(set))), apply_to = function)))
-#define TARGET_END _Pragma("clang attribute pop")
-#else
-#define TARGET_BEGIN(set) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(set)))
-#define TARGET_END _Pragma("GCC pop_options")
-#endif
-#define TEXT(x) #x
+#include "sets.h"
 
 namespace collab_jax {
-
-enum class Type { float32, bfloat16, int8 };
-enum class Set { best, generic, avx2, avx512, neon };
-
-constexpr int PANEL = 32;        // columns of a panel
-constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
-constexpr int LONG = 2048;       // and few rows
-constexpr int GROUP = 48;        // rows between two readings of a panel
-constexpr int64_t CHUNK = 1 << 18;  // bytes that a thread claims at least
-
-// x, its rows, K, a panel, what will be read after it or null, its scales or null, y, the
-// row stride of y, columns to write
-using Panel = void (*)(const float*, int64_t, int64_t, const void*, const void*,
-                       const float*, float*, int64_t, int64_t);
-
-namespace generic {
-typedef int32_t Wide __attribute__((vector_size(16)));
-static INLINE Wide widen(const int8_t* p) { return Wide{p[0], p[1], p[2], p[3]}; }
-#define LANES 4
-#define FEW 1
-#define WIDEN(p) widen(p)
-#include "panel.inc"
-#undef LANES
-#undef FEW
-#undef WIDEN
-}  // namespace generic
-
-#if defined(__x86_64__)
-TARGET_BEGIN("avx2,fma")
-namespace avx2 {
-#define LANES 8
-#define FEW 3
-#define WIDEN(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p)))
-#include "panel.inc"
-#undef LANES
-#undef FEW
-#undef WIDEN
-}  // namespace avx2
-TARGET_END
-
-TARGET_BEGIN("avx512f,avx2,fma")
-namespace avx512 {
-#define LANES 16
-#define FEW 8
-#define WIDEN(p) _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)(p)))
-#include "panel.inc"
-#undef LANES
-#undef FEW
-#undef WIDEN
-}  // namespace avx512
-TARGET_END
-#endif
-
-#if defined(__aarch64__)
-namespace neon {
-static INLINE int32x4_t widen(const int8_t* p) {
-  return int32x4_t{p[0], p[1], p[2], p[3]};
-}
-#define LANES 4
-#define FEW 3
-#define WIDEN(p) widen(p)
-#include "panel.inc"
-#undef LANES
-#undef FEW
-#undef WIDEN
-}  // namespace neon
-#endif
-
-// Whether this processor has a set; `best` is always there.
-inline bool supports(Set set) {
-  switch (set) {
-    case Set::best:
-    case Set::generic: return true;
-#if defined(__x86_64__)
-    case Set::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Set::avx512: return supports(Set::avx2) && __builtin_cpu_supports("avx512f");
-#elif defined(__aarch64__)
-    case Set::neon: return true;
-#endif
-    default: return false;
-  }
-}
-
-inline Panel panel_of(Set set, Type type) {
-  if (set == Set::best)
-    for (Set better : {Set::avx512, Set::avx2, Set::neon, Set::generic})
-      if (supports(better)) return panel_of(better, type);
-  switch (set) {
-#if defined(__x86_64__)
-    case Set::avx2: return avx2::panel_of(type);
-    case Set::avx512: return avx512::panel_of(type);
-#elif defined(__aarch64__)
-    case Set::neon: return neon::panel_of(type);
-#endif
-    default: return generic::panel_of(type);
-  }
-}
-
-inline int64_t bytes_of(Type type) {
-  return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 1;
-}
 
 // y[rows, width] = x[rows, K] times the panels of one matrix.
 struct Product {
@@ -213,17 +95,5 @@ class Job {
   int64_t total_ = 0, claim_ = 1;
   std::atomic<int64_t> next_{0}, done_{0};
 };
-
-// Computes products; `schedule(f)` runs f in some thread, now or later.
-template <typename Schedule>
-void compute(Set set, Type type, int64_t depth, std::vector<Product> products,
-             int64_t threads, Schedule schedule) {
-  // shared: a thread that comes late finds nothing to do, but it finds the counter
-  auto job = std::make_shared<Job>(set, type, depth, std::move(products));
-  for (int64_t n = job->share(std::max<int64_t>(threads, 1)); n > 1; --n)
-    schedule([job] { job->work(); });
-  job->work();
-  job->wait();
-}
 
 }  // namespace collab_jax

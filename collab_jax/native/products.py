@@ -19,7 +19,7 @@ def available() -> bool:
     >>> available() in (True, False)
     True
     """
-    return library().target is not None
+    return library().digest is not None
 
 
 def products(
@@ -57,8 +57,8 @@ def products(
     >>> y.shape
     (2, 2)
     """
-    target, number, reason = library() if using is None else using
-    if target is None:
-        raise RuntimeError(f"there is no native library: {reason}")
-    call = jax.ffi.ffi_call(target, list(results), vmap_method="expand_dims")
-    return tuple(call(x, *panels, *scales, set=np.int32(number)))
+    found = library() if using is None else using
+    call = jax.ffi.ffi_call(
+        found.target("products"), list(results), vmap_method="expand_dims"
+    )
+    return tuple(call(x, *panels, *scales, set=np.int32(found.set)))

@@ -1,8 +1,9 @@
-// Random products through every instruction set of this processor, compared with sums
-// in double; for the sanitizers. Every array ends where its memory ends.
+// Random products and attentions through every instruction set of this processor,
+// compared with sums in double; for the sanitizers. Every array ends where its memory
+// ends.
 //
-// `fuzz N SEED` runs N products; status 1 where one is wrong. With a third argument the
-// expected sums are spoilt, and every product has to be found wrong.
+// `fuzz N SEED` runs N of each; status 1 where one is wrong. With a third argument the
+// expected sums are spoilt, and every result has to be found wrong.
 
 #include <cmath>
 #include <cstdio>
@@ -10,7 +11,9 @@
 #include <cstring>
 #include <random>
 
+#include "attention.h"
 #include "product.h"
+#include "share.h"
 
 using namespace collab_jax;
 
@@ -27,6 +30,7 @@ static INLINE Wide widen(const int8_t* p) {
 #define FEW 8
 #define WIDEN(p) widen(p)
 #include "panel.inc"
+#include "heads.inc"
 }  // namespace wide
 }  // namespace collab_jax
 
@@ -67,16 +71,8 @@ struct Fuzz {
     for (int64_t i = 0; i < width; ++i) scale.data[i] = 0.5f + upto(8);
     for (int64_t i = 0; i < rows * width; ++i) y.data[i] = NAN;
     for (int64_t i = 0; i < size; ++i) {
-      const float draw = normal();
-      if (type == Type::float32) {
-        std::memcpy(w.data + 4 * i, &draw, 4);
-        value[i] = draw;
-      } else if (type == Type::bfloat16) {
-        uint32_t bits;
-        std::memcpy(&bits, &draw, 4);
-        const uint16_t half = bits >> 16;
-        std::memcpy(w.data + 2 * i, &half, 2);
-        value[i] = widened(half);
+      if (type != Type::int8) {
+        value[i] = number(type, w.data + i * bytes_of(type));
       } else {
         w.data[i] = int8_t(upto(255) - 128);
         value[i] = w.data[i];
@@ -90,9 +86,10 @@ struct Fuzz {
               std::min<int64_t>(width - p * PANEL, PANEL));
     } else {
       std::vector<std::thread> helpers;
-      compute(set, type, depth,
-              {{x.data, rows, w.data, scaled ? scale.data : nullptr, y.data, width}},
-              threads, [&](auto task) { helpers.emplace_back(std::move(task)); });
+      std::vector<Product> products{
+          {x.data, rows, w.data, scaled ? scale.data : nullptr, y.data, width}};
+      compute(std::make_shared<Job>(set, type, depth, std::move(products)), threads,
+              [&](auto task) { helpers.emplace_back(std::move(task)); });
       for (std::thread& helper : helpers) helper.join();
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -117,6 +114,87 @@ struct Fuzz {
       }
     return rows * width == 0 ? !spoilt : true;
   }
+
+  // One attention of random sizes; whether it is right.
+  bool attention(Set set, Type type, int64_t threads, Read other) {
+    const int64_t batch = 1 + upto(2), tokens = 1 + upto(5), heads = 1 + upto(2);
+    const int64_t group = 1 + upto(4), slots = 1 + upto(upto(3) ? 80 : 400);
+    const int64_t size = 1 + upto(upto(3) ? 70 : LARGEST - 1), bytes = bytes_of(type);
+    const int64_t each = tokens * heads * group * size, held = heads * slots * size;
+    const float cap = upto(1) ? 0 : 5;
+    Exact<float> q(batch * each), y(batch * each);
+    Exact<char> k(batch * held * bytes), v(batch * held * bytes);
+    Exact<bool> mask(batch * tokens * slots);
+    std::vector<double> keys(batch * held), values(batch * held);
+    for (int64_t i = 0; i < batch * each; ++i) q.data[i] = normal() / std::sqrt(size);
+    for (int64_t i = 0; i < batch * held; ++i) {
+      keys[i] = number(type, k.data + i * bytes);
+      values[i] = number(type, v.data + i * bytes);
+    }
+    for (int64_t i = 0; i < batch * tokens * slots; ++i) mask.data[i] = upto(1);
+    std::vector<Reading> rows;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t first = upto(slots - 1), last = first + 1 + upto(slots - first - 1);
+      for (int64_t t = 0; t < tokens; ++t)
+        mask.data[(b * tokens + t) * slots + first + upto(last - first - 1)] = true;
+      rows.push_back({q.data + b * each, k.data + b * held * bytes,
+                      v.data + b * held * bytes, mask.data + b * tokens * slots, first,
+                      last, y.data + b * each});
+    }
+    if (other) {  // query by query
+      for (const Reading& row : rows)
+        for (int64_t i = 0; i < tokens * heads * group; ++i) {
+          const int64_t at = i % (heads * group) / group * slots * size * bytes;
+          const float* query = row.queries + i * size;
+          const bool* seen = row.mask + i / (heads * group) * slots;
+          float* result = row.results + i * size;
+          other({row.keys + at, row.values + at, size, row.first, row.last, cap}, 1,
+                &query, &seen, &result);
+        }
+    } else {
+      std::vector<std::thread> helpers;
+      const Sizes sizes{tokens, heads, group, slots, size, cap};
+      compute(std::make_shared<Readings>(set, type, sizes, rows), threads,
+              [&](auto task) { helpers.emplace_back(std::move(task)); });
+      for (std::thread& helper : helpers) helper.join();
+    }
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < tokens * heads * group; ++i) {
+        const double* key = keys.data() + b * held + i % (heads * group) / group * slots * size;
+        const double* value = values.data() + (key - keys.data());
+        const bool* seen = rows[b].mask + i / (heads * group) * slots;
+        std::vector<double> mean(size);
+        double total = spoilt ? 0.5 : 0;
+        for (int64_t j = rows[b].first; j < rows[b].last; ++j) {
+          if (!seen[j]) continue;
+          double score = 0;
+          for (int64_t d = 0; d < size; ++d)
+            score += rows[b].queries[i * size + d] * key[j * size + d];
+          const double weight = std::exp(cap ? cap * std::tanh(score / cap) : score);
+          total += weight;
+          for (int64_t d = 0; d < size; ++d) mean[d] += weight * value[j * size + d];
+        }
+        for (int64_t d = 0; d < size; ++d) {
+          const float found = rows[b].results[i * size + d];
+          if (std::fabs(found - mean[d] / total) <= 2e-5) continue;
+          if (!spoilt)
+            std::printf("attention, set %d, type %d, size %ld: %g, not %g\n", int(set),
+                        int(type), long(size), found, mean[d] / total);
+          return false;
+        }
+      }
+    return true;
+  }
+
+  // Writes a random number of a type; returns what was written.
+  double number(Type type, char* to) {
+    const float draw = normal();
+    uint32_t bits;
+    std::memcpy(&bits, &draw, 4);
+    const uint16_t half = bits >> 16;
+    std::memcpy(to, type == Type::float32 ? (const void*)&draw : &half, bytes_of(type));
+    return type == Type::float32 ? draw : widened(half);
+  }
 };
 
 }  // namespace
@@ -134,7 +212,15 @@ int main(int count, char** arguments) {
       }
       wrong += !fuzz.one(Set::best, type, 1, wide::panel_of(type));
       ++total;
+      if (type == Type::int8) continue;
+      for (Set set : {Set::best, Set::generic, Set::avx2, Set::avx512, Set::neon}) {
+        if (!supports(set)) continue;
+        wrong += !fuzz.attention(set, type, 1 + fuzz.upto(3), nullptr);
+        ++total;
+      }
+      wrong += !fuzz.attention(Set::best, type, 1, wide::read_of(type));
+      ++total;
     }
-  std::printf("%d of %d products are wrong\n", wrong, total);
+  std::printf("%d of %d results are wrong\n", wrong, total);
   return wrong == (fuzz.spoilt ? total : 0) ? 0 : 1;
 }

@@ -1,0 +1,100 @@
+// Attention of a few tokens over the slots of a cache, shared among threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "sets.h"
+
+namespace collab_jax {
+
+constexpr int64_t LEAST = 1 << 17;  // products that are worth a second thread
+
+// One row of a batch: tokens that read the slots `first` to `last - 1`.
+struct Reading {
+  const float* queries;      // [tokens, heads * group, size], scaled
+  const char *keys, *values; // [heads, slots, size]
+  const bool* mask;          // [tokens, slots]
+  int64_t first, last;
+  float* results;            // [tokens, heads * group, size]
+};
+
+struct Sizes {
+  int64_t tokens, heads, group, slots, size;
+  float cap;  // 0: none
+};
+
+// Readings, cut to pieces of a few queries of one head, which threads claim.
+class Readings {
+ public:
+  Readings(Set set, Type type, Sizes sizes, std::vector<Reading> rows)
+      : read_(read_of(set, type)),
+        sizes_(sizes),
+        bytes_(sizes.slots * sizes.size * (type == Type::float32 ? 4 : 2)),
+        rows_(std::move(rows)) {}
+
+  // How many threads have enough to do; sets how large the pieces are.
+  int64_t share(int64_t threads) {
+    int64_t slots = 0;
+    for (const Reading& row : rows_) slots += std::max<int64_t>(row.last - row.first, 0);
+    const int64_t each = sizes_.tokens * sizes_.group, heads = rows_.size() * sizes_.heads;
+    const int64_t work = slots * each * sizes_.heads * sizes_.size * 2;
+    threads = std::max<int64_t>(1, std::min(threads, work / LEAST));
+    while (piece_ > 1 && heads * pieces() < 4 * threads && threads > 1) --piece_;
+    total_ = heads * pieces();
+    return std::min(threads, std::max<int64_t>(total_, 1));
+  }
+
+  void work() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) {
+      one(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void wait() const {
+    for (int turn = 0; done_.load(std::memory_order_acquire) < total_; ++turn)
+      if (turn > 1000) std::this_thread::yield();
+  }
+
+ private:
+  // Of one head.
+  int64_t pieces() const {
+    return (sizes_.tokens * sizes_.group + piece_ - 1) / piece_;
+  }
+
+  void one(int64_t i) const {
+    const int64_t own = i % pieces(), head = i / pieces() % sizes_.heads;
+    const Reading& row = rows_[i / pieces() / sizes_.heads];
+    const int64_t begin = own * piece_;
+    const int64_t count = std::min(piece_, sizes_.tokens * sizes_.group - begin);
+    const float* queries[TOGETHER];
+    const bool* masks[TOGETHER];
+    float* results[TOGETHER];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t token = (begin + n) / sizes_.group;
+      const int64_t query = head * sizes_.group + (begin + n) % sizes_.group;
+      const int64_t at = (token * sizes_.heads * sizes_.group + query) * sizes_.size;
+      queries[n] = row.queries + at;
+      results[n] = row.results + at;
+      masks[n] = row.mask + token * sizes_.slots;
+    }
+    const Head from{row.keys + head * bytes_, row.values + head * bytes_, sizes_.size,
+                    row.first, row.last, sizes_.cap};
+    read_(from, count, queries, masks, results);
+  }
+
+  Read read_;
+  Sizes sizes_;
+  int64_t bytes_;  // of the keys of one head
+  std::vector<Reading> rows_;
+  int64_t piece_ = TOGETHER, total_ = 0;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+}  // namespace collab_jax
