@@ -5,9 +5,9 @@ than transformers' assisted generation (prompt lookup, and a draft model); a bat
 runs, which transformers refuses; the time of a round does not follow the capacity of
 the cache; and prompts of one width share a program.
 Command: python experiments/bench_speculative.py [--smoke] [--data DIR] [--rows N]
-[--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh]; a run that was
-stopped is taken up again. Needs the extra `parity`; without torch ours is measured
-alone.
+[--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh] [--plain]; a run
+that was stopped is taken up again. Needs the extra `parity`; without torch ours is
+measured alone. Matrices are packed (`collab_jax.models.packed`), with `--plain` not.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 6 GiB; about an hour with `--rows 2 --repeats 1`
 (`--smoke`: seconds, ours alone, a random toy model).
@@ -328,9 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=25, help="of the draft model")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="by first words")
     parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
+    parser.add_argument("--plain", action="store_true", help="no packed matrices")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
-    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows)
+    held = None if chosen.plain else "packed"
+    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows, matrices=held)
     if chosen.smoke:
         chosen.layers, chosen.repeats = 1, 1
     if not 0 < chosen.layers <= subject.config.layers:
@@ -348,7 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in present},
         "setting": {"new": subject.new, "length": subject.length, "smoke": chosen.smoke}
-        | {"draft model": [chosen.layers, DRAFTED], "data": bool(chosen.data)},
+        | {"draft model": [chosen.layers, DRAFTED], "data": bool(chosen.data)}
+        | ({"plain": True} if chosen.plain else {"matrices": "packed"}),
         "runs": [],
         "batch": {},
     }

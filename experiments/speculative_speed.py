@@ -6,7 +6,8 @@ decoding, up to ties that are shown (the two best candidates within 1e-4), in ba
 than the prompt lookup of transformers at the same draft length. From the acceptance by
 position the theory foretells the tokens per call that were counted.
 Command: python experiments/speculative_speed.py [--smoke] [--data DIR] [--output FILE]
-[--proposers NAME ...] [--rows N]; a run that was stopped is taken up again.
+[--proposers NAME ...] [--rows N] [--plain]; a run that was stopped is taken up again.
+Matrices are packed (`collab_jax.models.packed`), with `--plain` they are not.
 Data: DIR or $COLLAB_JAX_DATA holds spec_bench/question.jsonl of
 https://github.com/hemingkx/Spec-Bench (data/spec_bench). Without it, a few prompts
 of this file are used.
@@ -221,12 +222,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--proposers", nargs="+", metavar="NAME", help="by first words")
     parser.add_argument("--rows", type=int, default=10, help="prompts of a group")
+    parser.add_argument("--plain", action="store_true", help="no packed matrices")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
-    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows)
+    held = None if chosen.plain else "packed"
+    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows, matrices=held)
     groups = list(subject.prompts)
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "smoke": chosen.smoke}
     setting |= {"new": subject.new, "length": subject.length}
+    setting |= {"plain": True} if chosen.plain else {}
     found: dict[str, Any] = {"setting": setting, "plain": {}, "drafted": {}}
     if output.exists():
         before = json.loads(output.read_text("utf-8"))

@@ -201,7 +201,9 @@ def attend_natively(
     """
     first, last = (jnp.asarray(slot, jnp.int32) for slot in reach)
     queries = (q * jnp.asarray(scale, q.dtype)).astype(jnp.float32)
-    result = jax.eval_shape(lambda *args: attend(*args, 1.0)[0], queries, k, v, mask)
+    result = jax.eval_shape(
+        lambda q, k, v: attend(q, k, v, mask, 1.0)[0], queries, k, v
+    )
     return native.attend(queries, k, v, mask, (first, last), cap, result).astype(
         q.dtype
     )

@@ -83,7 +83,13 @@ def spec_bench(folder: Path) -> dict[str, list[str]]:
     return groups
 
 
-def real(data: str | None, rows: int, new: int = 128, length: int = 10) -> Subject:
+def real(
+    data: str | None,
+    rows: int,
+    new: int = 128,
+    length: int = 10,
+    matrices: str | None = None,
+) -> Subject:
     """SmolLM2 in its chat template; prompts are cut to 512 tokens from the left.
 
     Args:
@@ -91,8 +97,9 @@ def real(data: str | None, rows: int, new: int = 128, length: int = 10) -> Subje
       rows: prompts of each group that are measured; the others are for training.
       new: new tokens.
       length: tokens of a draft.
+      matrices: how they are held, as in `load`.
     """
-    model = load(NAME)
+    model = load(NAME, matrices=matrices)
 
     def encode(text: str) -> list[int]:
         return model.tokenizer.apply_chat_template(
