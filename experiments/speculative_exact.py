@@ -41,6 +41,7 @@ from collab_jax.cooperate.efficient.target import on_lm
 RESULTS = Path(__file__).parent / "results" / "speculative_exact.json"
 PARTS = "proposers", "targets", "cross", "alone"
 PLAIN, FREE = "plain", "n-gram"
+LENGTH = 4  # tokens of a draft: longer ones cost time, and show nothing else
 
 
 class Case(NamedTuple):
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = chosen.output or (
         RESULTS.with_stem("speculative_exact_toy") if small else RESULTS
     )
-    subject = toy() if small else real(chosen.data, chosen.rows)
+    subject = toy() if small else real(chosen.data, chosen.rows, length=LENGTH)
     chosen.layers = chosen.layers or (1 if small else 25)
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "toy": small}
     setting |= {"plain": True} if chosen.plain else {}
