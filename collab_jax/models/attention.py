@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over the slots of a cache.
+"""Attention of new tokens over the slots of a cache.
 
 The cache stays as it lies, `[B, H, S, K]`: no copy of it is made, and the queries of a
 group share their keys and values without repeating them. Of a long buffer only the
@@ -27,7 +27,6 @@ from collab_jax.models.rotary import rotate
 # 1 and 8); an accelerator starts a kernel for each step of each turn
 CPU_BLOCK = 128
 BLOCK = 1024
-FEW = 16  # tokens up to which native code is faster than kernels for a whole text
 
 
 def attend(
@@ -180,8 +179,9 @@ def attend_natively(
     """The output of `attend` by native code, from the slots that `reach` touches.
 
     XLA takes ten small kernels for the attention of a token, which cost more than what
-    they do. Weights stay float32 where the cache is bfloat16; derivatives are those of
-    `attend`. On a CPU alone, and where `collab_jax.native` is available.
+    they do; of a long text it writes all scores to the memory. Weights stay float32
+    where the cache is bfloat16; derivatives are those of `attend`. On a CPU alone, and
+    where `collab_jax.native` is available.
 
     Args:
       q: `[B, T, H * G, K]`.
@@ -328,7 +328,7 @@ class Attention(nn.Module):
             return attend_within(q, keys, values, mask, within, *numbers, block)
 
         def on_a_cpu(*args):
-            if q.shape[1] <= FEW and self._natively(keys):
+            if self._natively(keys):
                 return attend_natively(*args, *numbers)
             return read(CPU_BLOCK, *args)
 

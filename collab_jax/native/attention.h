@@ -1,4 +1,4 @@
-// Attention of a few tokens over the slots of a cache, shared among threads.
+// Attention of new tokens over the slots of a cache, shared among threads.
 
 #pragma once
 
@@ -84,8 +84,15 @@ class Readings {
       results[n] = row.results + at;
       masks[n] = row.mask + token * sizes_.slots;
     }
+    // of a long text, the first tokens read little
+    const auto seen = [&](int64_t slot) {
+      return std::any_of(masks, masks + count, [&](const bool* m) { return m[slot]; });
+    };
+    int64_t first = row.first, last = row.last;
+    while (first < last && !seen(first)) ++first;
+    while (first < last && !seen(last - 1)) --last;
     const Head from{row.keys + head * bytes_, row.values + head * bytes_, sizes_.size,
-                    row.first, row.last, sizes_.cap};
+                    first, last, sizes_.cap};
     read_(from, count, queries, masks, results);
   }
 

@@ -1,4 +1,4 @@
-"""Attention of a few tokens over a cache, as a function of arrays.
+"""Attention of new tokens over a cache, as a function of arrays.
 
 Shapes: B rows, T tokens of this call, S slots, H key-value heads, G queries a key-value
 head, K size of a head.

@@ -55,13 +55,20 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
     const bool folded = right.shared() && (!scaled || scale.shared()) && !left.shared() &&
                         left.offset(members - 1, all) == (members - 1) * rows * depth;
     const int64_t each = folded ? members : 1;
+    // rows that stay in the near cache while all panels meet them
+    const int64_t blocks = std::max<int64_t>(1, (rows * each + ROWS - 1) / ROWS);
     for (int64_t member = 0; member < members; member += each)
-      found.push_back(
-          {x->typed_data<float>() + left.offset(member, all), rows * each,
-           static_cast<const char*>(w->untyped_data()) +
-               right.offset(member, all) * bytes_of(type),
-           scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,
-           (*y)->typed_data<float>() + member * rows * width, width});
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = rows * each * block / blocks;
+        const int64_t end = rows * each * (block + 1) / blocks;
+        found.push_back(
+            {x->typed_data<float>() + left.offset(member, all) + begin * depth,
+             end - begin,
+             static_cast<const char*>(w->untyped_data()) +
+                 right.offset(member, all) * bytes_of(type),
+             scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,
+             (*y)->typed_data<float>() + (member * rows + begin) * width, width});
+      }
   }
   compute(std::make_shared<Job>(Set(set), type, depth, std::move(found)),
           pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); });

@@ -33,6 +33,7 @@ constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
 constexpr int LONG = 2048;       // and few rows
 constexpr int GROUP = 48;        // rows between two readings of a panel
+constexpr int ROWS = 144;        // rows that meet all panels before the next ones do
 constexpr int64_t CHUNK = 1 << 18;  // bytes that a thread claims at least
 
 // One key-value head, the slots of it that are read, and what caps its scores (0: none).
