@@ -1,0 +1,59 @@
+"""Programs for accelerators are made on any machine: nothing in them is for CPUs alone.
+
+What is lowered here was not run on a TPU or a GPU.
+"""
+
+import jax
+import pytest
+from test_attention import model
+
+from collab_jax import combine, decode, native, pool
+from collab_jax.cooperate.efficient import exact, ngram
+from collab_jax.cooperate.efficient.speculate import speculate
+from collab_jax.cooperate.efficient.target import on_lm
+from collab_jax.lm import language_model
+from collab_jax.models.packed import pack
+from collab_jax.models.transformer import transformer
+
+CONFIG, PARAMS = model()
+LM = language_model(transformer(CONFIG))
+PAIR = combine.product([LM, LM], pool.mixture(0.5, 0.5))
+PROGRAMS = {
+    "greedy": (decode.greedy(LM, 8), PARAMS),
+    "packed": (decode.greedy(LM, 8), pack(PARAMS, "int8")),
+    "drafted ensemble": (
+        speculate(on_lm(PAIR), ngram.ngram(3), 8, verifier=exact.greedy()),
+        ((PARAMS, PARAMS), ()),
+    ),
+}
+
+
+def lowered(name, platform):
+    """A whole program, prompt and loop, for a platform that need not be here."""
+    decoder, params = PROGRAMS[name]
+    prompt, length = decode.pad([[1, 2, 3], [4, 5]])
+
+    def run(params, prompt, length, key):
+        state = decoder.init(params, prompt, length, key)
+        return jax.lax.while_loop(
+            lambda state: ~state.done.all(),
+            lambda state: decoder.step(params, state),
+            state,
+        )
+
+    traced = jax.jit(run).trace(params, prompt, length, jax.random.key(0))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_call_leaves_the_compiler(name, platform):
+    text = lowered(name, platform)
+    assert "stablehlo.while" in text
+    assert "custom_call" not in text
+
+
+def test_on_a_cpu_packed_matrices_do():
+    """The control."""
+    found = "@collab_jax_attend_" in lowered("packed", "cpu")
+    assert found == native.available()
