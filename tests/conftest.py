@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import tempfile
 
 import jax
@@ -19,6 +20,11 @@ if jaxlib.__version__.startswith("0.10."):
     FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+# Where the shell started us behind its back (`pytest &`), an interrupt is ignored, by
+# all that tests start as well; some of them are interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight devices, so that a mesh can be tested on any machine. It has to be said before
 # the first array is made; arrays that name no device still live on the first one.
