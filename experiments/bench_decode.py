@@ -13,14 +13,15 @@ spec_bench/question.jsonl (hemingkx/Spec-Bench), for the loss by rounding alone;
 it a paragraph of this project.
 Hardware: two idle CPU cores, 8 GiB; about half an hour, most of it compiling
 (`--smoke`: seconds, ours alone, a random toy model).
-Expected: (November 2026, batches of 1 and 8) new tokens a second, batch 1: packed
-float32 48 (transformers 22, llama.cpp 54), bfloat16 79 (35 and 73), int8 130 (llama.cpp
-108); that is 80, 66 and 54 percent of what the memory gives. Batch 8: 183, transformers
-85. The prompt is read 1.1 times as fast as by the best peer, but in a batch of 8 at 0.9
-times. Eight tokens cost 1.51 times one in packed float32, 2.2 in plain. Not held: 1.0x
-of llama.cpp in float32 (0.88), and 1.5x for eight tokens, by a hair. int8 loses 0.006
-nats a token. A Llama of 1.1B (`--model 1b --batches 1`) writes 6.1, 13 and 26 tokens a
-second, 82 to 87 percent of what the memory gives; eight tokens cost 1.29 times one.
+Expected: (November 2026, batches of 1 and 8, three repeats) new tokens a second, batch
+1: packed float32 43 (transformers 19, llama.cpp 44), bfloat16 77 (31 and 67), int8 121
+(llama.cpp 107); that is 92, 81 and 64 percent of what the memory gave that day. Batch
+8: 226, transformers 76. The prompt is read 1.2 times as fast as by the best peer, but
+in a batch of 8 at 0.9 times. Eight tokens cost 1.15 times one in packed float32, 2.1 in
+plain. Not held: 1.0x of llama.cpp in float32 (0.98). int8 loses 0.006 nats a token. A
+Llama of 1.1B (`--model 1b --batches 1`, before attention was native) writes 6.1, 13 and
+26 tokens a second, 82 to 87 percent of what the memory gives; eight tokens cost 1.29
+times one.
 
 SmolLM2-135M, or NAME: another model, or `1b` or `8b`, a Llama of that size with random
 weights, ours alone; int8 alone of 8b. A prompt of 129 tokens and 64 new ones, greedy.
