@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="no packed matrices")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
-    held = None if chosen.plain else "packed"
+    held = None if chosen.plain or chosen.smoke else "packed"
     subject = toy() if chosen.smoke else real(chosen.data, chosen.rows, matrices=held)
     if chosen.smoke:
         chosen.layers, chosen.repeats = 1, 1
@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         "packages": {name: version(name) for name in present},
         "setting": {"new": subject.new, "length": subject.length, "smoke": chosen.smoke}
         | {"draft model": [chosen.layers, DRAFTED], "data": bool(chosen.data)}
-        | ({"plain": True} if chosen.plain else {"matrices": "packed"}),
+        | ({"matrices": held} if held else {}),
         "runs": [],
         "batch": {},
     }

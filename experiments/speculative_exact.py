@@ -84,7 +84,7 @@ class Trial:
     def __init__(self, subject: Subject, chosen: argparse.Namespace, found: dict):
         """Keeps what was found before."""
         self.subject, self.found = subject, found
-        plain = chosen.plain or found["setting"]["toy"]
+        plain = "matrices" not in found["setting"]
         self.packed = (lambda params: params) if plain else packed_each
         self.targets = targets(subject, chosen.layers)
         self.sources = sources(subject, chosen.layers)
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     subject = toy() if small else real(chosen.data, chosen.rows, length=LENGTH)
     chosen.layers = chosen.layers or (1 if small else 25)
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "toy": small}
-    setting |= {"plain": True} if chosen.plain else {}
+    setting |= {} if chosen.plain or small else {"matrices": "packed"}
     setting |= {"layers": chosen.layers, "new": subject.new, "length": subject.length}
     found: dict[str, Any] = {"setting": setting, "plain": {}, "cases": {}}
     if output.exists():

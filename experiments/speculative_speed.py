@@ -225,12 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="no packed matrices")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
-    held = None if chosen.plain else "packed"
+    held = None if chosen.plain or chosen.smoke else "packed"
     subject = toy() if chosen.smoke else real(chosen.data, chosen.rows, matrices=held)
     groups = list(subject.prompts)
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "smoke": chosen.smoke}
     setting |= {"new": subject.new, "length": subject.length}
-    setting |= {"plain": True} if chosen.plain else {}
+    setting |= {"matrices": held} if held else {}
     found: dict[str, Any] = {"setting": setting, "plain": {}, "drafted": {}}
     if output.exists():
         before = json.loads(output.read_text("utf-8"))

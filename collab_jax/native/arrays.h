@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 
+#include "share.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace collab_jax {
@@ -14,6 +15,13 @@ using Dimensions = ffi::AnyBuffer::Dimensions;
 
 inline ffi::Error wrong(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "collab_jax: " + what);
+}
+
+// Does a job with the threads of XLA.
+template <typename Job>
+ffi::Error run(ffi::ThreadPool pool, std::shared_ptr<Job> job) {
+  compute(job, pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); });
+  return ffi::Error::Success();
 }
 
 // An array `[*lead, *own]`: an axis that vmap put in front has its size, or 1 where the

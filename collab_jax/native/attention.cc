@@ -3,7 +3,6 @@
 #include "attention.h"
 
 #include "arrays.h"
-#include "share.h"
 
 namespace collab_jax {
 namespace {
@@ -62,9 +61,7 @@ ffi::Error attend(ffi::ThreadPool pool, int32_t set, float cap, ffi::AnyBuffer q
            std::max<int64_t>(from, 0), std::min(to, sizes.slots),
            out->typed_data<float>() + (member * batch + row) * each});
   }
-  compute(std::make_shared<Readings>(Set(set), type, sizes, std::move(rows)),
-          pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); });
-  return ffi::Error::Success();
+  return run(pool, std::make_shared<Readings>(Set(set), type, sizes, std::move(rows)));
 }
 
 }  // namespace

@@ -3,13 +3,12 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "sets.h"
+#include "share.h"
 
 namespace collab_jax {
 
@@ -35,7 +34,7 @@ class Readings {
   Readings(Set set, Type type, Sizes sizes, std::vector<Reading> rows)
       : read_(read_of(set, type)),
         sizes_(sizes),
-        bytes_(sizes.slots * sizes.size * (type == Type::float32 ? 4 : 2)),
+        bytes_(sizes.slots * sizes.size * bytes_of(type)),
         rows_(std::move(rows)) {}
 
   // How many threads have enough to do; sets how large the pieces are.
@@ -45,32 +44,28 @@ class Readings {
     const int64_t each = sizes_.tokens * sizes_.group, heads = rows_.size() * sizes_.heads;
     const int64_t work = slots * each * sizes_.heads * sizes_.size * 2;
     threads = std::max<int64_t>(1, std::min(threads, work / LEAST));
-    while (piece_ > 1 && heads * pieces() < 4 * threads && threads > 1) --piece_;
-    total_ = heads * pieces();
-    return std::min(threads, std::max<int64_t>(total_, 1));
+    while (piece_ > 1 && heads * of_a_head() < 4 * threads && threads > 1) --piece_;
+    pieces.total = heads * of_a_head();
+    return std::min(threads, std::max<int64_t>(pieces.total, 1));
   }
 
   void work() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) {
+    for (int64_t i; (i = pieces.claim(1)) < pieces.total;) {
       one(i);
-      done_.fetch_add(1, std::memory_order_release);
+      pieces.done(1);
     }
   }
 
-  void wait() const {
-    for (int turn = 0; done_.load(std::memory_order_acquire) < total_; ++turn)
-      if (turn > 1000) std::this_thread::yield();
-  }
+  Pieces pieces;
 
  private:
-  // Of one head.
-  int64_t pieces() const {
+  int64_t of_a_head() const {  // pieces
     return (sizes_.tokens * sizes_.group + piece_ - 1) / piece_;
   }
 
   void one(int64_t i) const {
-    const int64_t own = i % pieces(), head = i / pieces() % sizes_.heads;
-    const Reading& row = rows_[i / pieces() / sizes_.heads];
+    const int64_t own = i % of_a_head(), head = i / of_a_head() % sizes_.heads;
+    const Reading& row = rows_[i / of_a_head() / sizes_.heads];
     const int64_t begin = own * piece_;
     const int64_t count = std::min(piece_, sizes_.tokens * sizes_.group - begin);
     const float* queries[TOGETHER];
@@ -100,8 +95,7 @@ class Readings {
   Sizes sizes_;
   int64_t bytes_;  // of the keys of one head
   std::vector<Reading> rows_;
-  int64_t piece_ = TOGETHER, total_ = 0;
-  std::atomic<int64_t> next_{0}, done_{0};
+  int64_t piece_ = TOGETHER;  // queries
 };
 
 }  // namespace collab_jax

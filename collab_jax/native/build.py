@@ -28,7 +28,7 @@ import jaxlib
 
 from collab_jax.cache import cache
 
-SETS = "best", "generic", "avx2", "avx512", "neon"  # in the order of product.h
+SETS = "best", "generic", "avx2", "avx512", "neon"  # in the order of sets.h
 UNITS = "product.cc", "attention.cc"
 SOURCES = (
     *UNITS,

@@ -2,7 +2,6 @@
 
 #include "arrays.h"
 #include "product.h"
-#include "share.h"
 
 namespace collab_jax {
 namespace {
@@ -70,9 +69,7 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
              (*y)->typed_data<float>() + (member * rows + begin) * width, width});
       }
   }
-  compute(std::make_shared<Job>(Set(set), type, depth, std::move(found)),
-          pool.num_threads(), [&](auto task) { pool.Schedule(std::move(task)); });
-  return ffi::Error::Success();
+  return run(pool, std::make_shared<Job>(Set(set), type, depth, std::move(found)));
 }
 
 }  // namespace

@@ -7,13 +7,12 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "sets.h"
+#include "share.h"
 
 namespace collab_jax {
 
@@ -37,38 +36,32 @@ class Job {
         depth_(depth),
         bytes_(depth * PANEL * bytes_of(type)),
         products_(std::move(products)) {
-    for (const Product& product : products_) total_ += product.count();
+    for (const Product& product : products_) pieces.total += product.count();
   }
 
   // How many threads have enough to do; sets how many panels one claims at a time.
   int64_t share(int64_t threads) {
     const int64_t least = std::max<int64_t>(1, CHUNK / std::max<int64_t>(bytes_, 1));
-    claim_ = std::max<int64_t>(1, std::min(least, total_ / (4 * threads)));
-    return std::min(threads, (total_ + least - 1) / least);
+    claim_ = std::max<int64_t>(1, std::min(least, pieces.total / (4 * threads)));
+    return std::min(threads, (pieces.total + least - 1) / least);
   }
 
   // Takes panels until none is left. The next ones are claimed before the last of the
   // present ones, so that it is known what to ask the memory for: what lies behind a
   // claim is the claim of another thread.
   void work() {
-    for (int64_t begin = claim(), then; begin < total_; begin = then) {
-      const int64_t end = std::min(begin + claim_, total_);
+    for (int64_t begin = pieces.claim(claim_), then; begin < pieces.total; begin = then) {
+      const int64_t end = std::min(begin + claim_, pieces.total);
       for (int64_t i = begin; i + 1 < end; ++i) one(i, i + 1);
-      then = claim();
+      then = pieces.claim(claim_);
       one(end - 1, then);
-      done_.fetch_add(end - begin, std::memory_order_release);
+      pieces.done(end - begin);
     }
   }
 
-  // Returns when the panels that other threads took are done.
-  void wait() const {
-    for (int turn = 0; done_.load(std::memory_order_acquire) < total_; ++turn)
-      if (turn > 1000) std::this_thread::yield();
-  }
+  Pieces pieces;  // panels
 
  private:
-  int64_t claim() { return next_.fetch_add(claim_, std::memory_order_relaxed); }
-
   // The product that a panel belongs to, and which of its panels it is.
   std::pair<const Product*, int64_t> find(int64_t i) const {
     const Product* product = products_.data();
@@ -79,7 +72,7 @@ class Job {
   void one(int64_t i, int64_t then) const {
     const auto [product, own] = find(i);
     const char* following = nullptr;
-    if (then < total_) {
+    if (then < pieces.total) {
       const auto [next, place] = find(then);
       following = next->panels + place * bytes_;
     }
@@ -92,8 +85,7 @@ class Job {
   Panel panel_;
   int64_t depth_, bytes_;
   std::vector<Product> products_;
-  int64_t total_ = 0, claim_ = 1;
-  std::atomic<int64_t> next_{0}, done_{0};
+  int64_t claim_ = 1;
 };
 
 }  // namespace collab_jax

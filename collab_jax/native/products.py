@@ -10,7 +10,7 @@ import numpy as np
 
 from collab_jax.native.build import Library, library
 
-LANES = 32  # columns of a panel, PANEL in product.h
+LANES = 32  # columns of a panel, PANEL in sets.h
 
 
 def available() -> bool:
