@@ -11,23 +11,37 @@ from speculating.subject import Subject
 from collab_jax import combine, pool, warp
 from collab_jax.cooperate.efficient import (
     adaptive,
+    cascade,
     growth,
     lookahead,
     ngram,
     recycle,
+    stopping,
     suffix,
     topology,
 )
 from collab_jax.cooperate.efficient.draft import Proposer
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.efficient.draft_tree import draft_tree
+from collab_jax.cooperate.efficient.early_exit import Begun, early_exit, upper
+from collab_jax.cooperate.efficient.feature_drafter import feature_drafter
 from collab_jax.cooperate.efficient.parallel import parallel, parallel_tree
+from collab_jax.cooperate.efficient.target import Target, on_lm
 from collab_jax.lm import LM, Features, language_model
 from collab_jax.merge import memory, recipes
 from collab_jax.models import packed, transformer
-from collab_jax.models.parallel_heads import medusa
+from collab_jax.models.extrapolator import extrapolator
+from collab_jax.models.parallel_heads import blockwise, medusa
 
 DRAFTED = 4  # tokens of a draft of a model
+EARLY = "early exit"  # follows targets made with `in_halves`, and no context-aware one
+
+
+class Large(NamedTuple):
+    """The large model in a target: itself, or what goes on from its first layers."""
+
+    lm: LM
+    hold: Callable[[Any], Any] = lambda params: params
 
 
 class Strategy(NamedTuple):
@@ -35,6 +49,7 @@ class Strategy(NamedTuple):
 
     lm: LM
     params: Any
+    own: Any  # parameters of the large model in it
     rows: Callable[[Any, jax.Array], Any] = lambda params, prompt: params
 
 
@@ -42,7 +57,8 @@ class Source(NamedTuple):
     """A proposer."""
 
     proposer: Proposer
-    params: Any
+    params: Any  # None: those of the large model
+    target: Callable[[LM], Target] = on_lm  # how an LM is followed
 
 
 def cut(subject: Subject, layers: int) -> tuple[Any, Any]:
@@ -62,16 +78,38 @@ def noisy(params: Any, seed: int, scale: float) -> Any:
 
 def packed_each(params: Any) -> Any:
     """The parameters of each model in nested tuples with packed matrices."""
-    if isinstance(params, tuple):
-        return tuple(packed_each(own) for own in params)
-    return packed.pack(params) if isinstance(params, dict) else params
+
+    def is_model(node):
+        return isinstance(node, dict)
+
+    return jax.tree.map(
+        lambda node: packed.pack(node) if is_model(node) else node,
+        params,
+        is_leaf=is_model,
+    )
+
+
+def in_halves(subject: Subject, layers: int) -> Large:
+    """The model that goes on from the hidden states of its first layers."""
+    tap, count = f"hidden.{layers}", subject.config.layers
+    first = subject.backbone((tap,), (0, layers))
+    last = subject.backbone((), (layers, count))
+    return Large(upper(first, last, tap), lambda params: (params, Begun()))
 
 
 def targets(
-    subject: Subject, layers: int, noise: float = 0.05
+    subject: Subject, layers: int, noise: float = 0.05, large: Large | None = None
 ) -> dict[str, Callable[[], Strategy]]:
-    """What is followed. Experts are the model with noise: none of them is a copy."""
+    """What is followed. Experts are the model with noise: none of them is a copy.
+
+    Args:
+      subject: the model.
+      layers: of small models, its first ones.
+      noise: size of the noise, as a share of a leaf's own.
+      large: what stands for the model itself; the other members are whole.
+    """
     lm, params = subject.lm, subject.params
+    first = large or Large(lm)
 
     def expert(seed: int) -> Any:
         return noisy(params, seed, noise)
@@ -83,44 +121,43 @@ def targets(
     def merged() -> Any:
         return memory.merge(recipes.ties(0.5), params, [expert(1), expert(2)])
 
-    def penalised() -> Strategy:
-        return Strategy(warp.warp(lm, warp.repetition_penalty(1.3)), params)
+    def alone(own: Any, *warps: Any) -> Strategy:
+        return Strategy(warp.warp(first.lm, *warps), first.hold(own), own)
 
-    def ensemble() -> Strategy:
-        pair = combine.product([lm, lm], pool.mixture(0.6, 0.4))
-        return Strategy(pair, (params, expert(1)))
+    def over(other: LM, own: Any, pooled: Any) -> Strategy:
+        pair = combine.product([first.lm, other], pooled)
+        return Strategy(pair, (first.hold(params), own), params)
 
-    def contrastive() -> Strategy:
-        amateur, own = small()
-        pair = combine.product([lm, amateur], pool.contrast(0.1, 0.5))
-        return Strategy(pair, (params, own))
-
-    def proxy_tuned() -> Strategy:
-        tuned, plain = small()[1], noisy(small()[1], 3, noise)
-        proxy = combine.stacked(small()[0], 2, pool.linear(1, -1))
-        # the small pair on one axis, over the large model
+    def proxy() -> tuple[LM, Any]:
+        """A small model and one with noise, on one axis."""
+        model, tuned = small()
+        plain = noisy(tuned, 3, noise)
         both = jax.tree.map(lambda *leaves: jnp.stack(leaves), tuned, plain)
-        return Strategy(combine.product([lm, proxy], pool.linear(1, 1)), (params, both))
+        return combine.stacked(model, 2, pool.linear(1, -1)), both
 
     def context_aware() -> Strategy:
         axes = (None, 0, 0)
         aware = combine.stacked(combine.prefixed(lm), 2, pool.linear(1.5, -0.5), axes)
-        return Strategy(aware, params, prefixes)
+        return Strategy(aware, params, params, prefixes)
 
     def deep() -> Strategy:
         """A warped, proxy-tuned ensemble of a merged and a plain model."""
-        pair = combine.product([lm, lm], pool.mixture(0.5, 0.5))
-        over = combine.product([pair, proxy_tuned().lm], pool.linear(0.5, 0.5))
-        inner = (merged(), params), proxy_tuned().params
-        return Strategy(warp.warp(over, warp.repetition_penalty(1.1)), inner)
+        pair = combine.product([first.lm, lm], pool.mixture(0.5, 0.5))
+        model, own = proxy()
+        tuned = combine.product([lm, model], pool.linear(1, 1))
+        both = combine.product([pair, tuned], pool.linear(0.5, 0.5))
+        joined = merged()
+        inner = (first.hold(joined), params), (params, own)
+        return Strategy(warp.warp(both, warp.repetition_penalty(1.1)), inner, joined)
 
     return {
-        "plain": lambda: Strategy(lm, params),
-        "penalised": penalised,
-        "merged": lambda: Strategy(lm, merged()),
-        "ensemble": ensemble,
-        "contrastive": contrastive,
-        "proxy-tuned": proxy_tuned,
+        "plain": lambda: alone(params),
+        "penalised": lambda: alone(params, warp.repetition_penalty(1.3)),
+        "merged": lambda: alone(merged()),
+        "ensemble": lambda: over(lm, expert(1), pool.mixture(0.6, 0.4)),
+        "contrastive": lambda: over(*small(), pool.contrast(0.1, 0.5)),
+        "cascade": lambda: over(*small(), cascade.optimal(0.3)),
+        "proxy-tuned": lambda: over(*proxy(), pool.linear(1, 1)),
         "context-aware": context_aware,
         "all of these": deep,
     }
@@ -164,13 +201,34 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
 
         return source
 
-    def heads(make: Callable) -> Callable[[], Source]:
+    def over(made: Any, make: Callable) -> Callable[[], Source]:
+        """What reads features of the large model, with fresh parameters."""
+
         def source():
-            made = medusa(subject.backbone(), 3)
             own = made.init(jax.random.key(0), params)
             return Source(make(made), (own, params))
 
         return source
+
+    def features(grow: growth.Growth) -> Callable[[], Source]:
+        backbone = subject.backbone()
+        return over(
+            extrapolator(subject.config),
+            lambda layer: feature_drafter(backbone, layer, grow, read=first_of),
+        )
+
+    def early() -> Source:
+        tap = f"hidden.{layers}"
+        first = language_model(subject.backbone((tap,), (0, layers)))
+        own = draft_lm(warp.warp(first, warp.greedy()), DRAFTED, whole=True)
+        return Source(own, None, lambda lm: early_exit(lm, tap))
+
+    def unsure() -> Source:
+        """A draft model that stops where it is not sure."""
+        lm, own = model()
+        rule = stopping.confidence(0.4)
+        draft = draft_lm(warp.warp(lm, warp.greedy()), DRAFTED, stopping=rule)
+        return Source(draft, (own, ()))
 
     paths = topology.grow(2 * size)
     short = [path for path in topology.grow(24) if len(path) <= 3]
@@ -185,10 +243,23 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         "draft model": of_model(
             lambda lm: draft_lm(warp.warp(lm, warp.greedy()), DRAFTED)
         ),
+        "unsure model": unsure,
         "tree of a model": of_model(lambda lm: draft_tree(lm, growth.ranked(short))),
         "expanded tree": of_model(
             lambda lm: draft_tree(lm, growth.expanded(3, 4, min(2 * size, 24)))
         ),
-        "heads": heads(lambda made: parallel(made, read=first_of)),
-        "tree of heads": heads(lambda made: parallel_tree(made, short, read=first_of)),
+        "heads": over(
+            medusa(subject.backbone(), 3), lambda made: parallel(made, read=first_of)
+        ),
+        "tree of heads": over(
+            medusa(subject.backbone(), 3),
+            lambda made: parallel_tree(made, short, read=first_of),
+        ),
+        "blockwise heads": over(
+            blockwise(subject.backbone(), 3, subject.config.width),
+            lambda made: parallel(made, read=first_of),
+        ),
+        "features": features(growth.chain(3)),
+        "tree of features": features(growth.expanded(3, 4, min(2 * size, 24))),
+        EARLY: early,
     }
