@@ -180,7 +180,7 @@ def greedy(
 
     def best(logits, key, position):
         del key, position
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return law.best(logits)
 
     return _plain(lm, max_new_tokens, eos, stop, chunk, best)
 

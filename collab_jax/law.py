@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 # The streams of randomness at one position: every draw has one of its own.
 TOKEN, DRAFT, ACCEPT, RESIDUAL = range(4)
+LEAST = -104.0  # nats; the exponential of less is 0 in float32
 
 
 def log_probs(logits: jax.Array) -> jax.Array:
@@ -24,10 +25,8 @@ def log_probs(logits: jax.Array) -> jax.Array:
     >>> log_probs(jnp.array([0.0, 0.0, -jnp.inf])).tolist()
     [-0.6931, -0.6931, -inf]
     """
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
-    return logits - top - jnp.log(jnp.where(total == 0.0, 1.0, total))
+    below, _, total = _shares(logits)
+    return below - jnp.log(total)[..., None]
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -42,9 +41,41 @@ def entropy(logits: jax.Array) -> jax.Array:
     >>> round(float(entropy(jnp.array([0.0, 0.0, -jnp.inf]))), 4)
     0.6931
     """
-    log_p = log_probs(logits)
-    finite = jnp.where(jnp.isneginf(log_p), 0.0, log_p)
-    return -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
+    below, share, total = _shares(logits)
+    below = jnp.maximum(below, LEAST)  # 0 times this is 0, and times -inf a NaN
+    exact = jax.lax.Precision.HIGHEST
+    mean = jnp.einsum("...v,...v->...", share, below, precision=exact) / total
+    return jnp.log(total) - mean
+
+
+def _shares(logits):
+    """`z - max z`, its exponential, and the sum of that: the same in both users, so
+    that a program which asks for both has it once."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    below = logits - jnp.where(jnp.isneginf(top), 0.0, top)
+    share = jnp.exp(below)
+    total = jnp.sum(share, axis=-1)
+    return below, share, jnp.where(total == 0.0, 1.0, total)
+
+
+def best(logits: jax.Array) -> jax.Array:
+    """The likeliest token, `argmax_v logits[v]`: the first of equals.
+
+    Args:
+      logits: `[..., V]`.
+
+    Returns:
+      `[...]` int32; some token where a logit is NaN.
+
+    >>> best(jnp.array([1.0, 3.0, 3.0])).item()
+    1
+    """
+    # two plain reductions are several times as fast as one that carries an index; both
+    # must see the same numbers, whatever is fused with them
+    logits = jax.lax.optimization_barrier(jax.lax.stop_gradient(logits))
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    found = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(found, places, logits.shape[-1] - 1), axis=-1)
 
 
 def row_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -117,4 +148,4 @@ def draw(
     [1, 0]
     """
     perturbed = logits + noise(key, position, logits.shape[-1], stream)
-    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    return best(perturbed)

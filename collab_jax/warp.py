@@ -16,8 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from collab_jax import order, slots
-from collab_jax.law import log_probs
+from collab_jax import law, order, slots
 from collab_jax.lm import LM, Out, State
 
 
@@ -121,7 +120,7 @@ def top_p(p):
     _check("top_p", p, 0, 1)
 
     def apply(logits):
-        probs = jnp.exp(log_probs(jax.lax.stop_gradient(logits)))
+        probs = jnp.exp(law.log_probs(jax.lax.stop_gradient(logits)))
         values = order.ordered(probs)
         least = order.threshold(
             values,
@@ -160,10 +159,10 @@ def greedy():
     """
 
     def apply(logits):
-        best = jnp.argmax(logits, axis=-1)[..., None]
+        best = law.best(logits)[..., None]
         top = jnp.max(logits, axis=-1, keepdims=True)
-        law = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
-        return jnp.where(jnp.isfinite(top), law, top)  # a NaN or a dead law stays so
+        sure = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+        return jnp.where(jnp.isfinite(top), sure, top)  # a NaN or a dead law stays so
 
     return apply
 

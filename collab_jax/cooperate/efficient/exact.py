@@ -6,6 +6,7 @@ Shapes: B rows, N nodes of a draft, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from collab_jax import law
 from collab_jax.cooperate.efficient import tree
 from collab_jax.cooperate.efficient.draft import Draft
 from collab_jax.cooperate.efficient.verify import (
@@ -38,7 +39,7 @@ def greedy() -> Verifier:
 
     def verify(key, length, out: Out, draft: Draft):
         check_draft(out.logits, draft)
-        tokens = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        tokens = law.best(out.logits)
         place = _place(draft, tokens)
         own = jnp.take_along_axis(tokens, place[:, None], axis=1)[:, 0]
         if draft.parents is None:
@@ -47,7 +48,7 @@ def greedy() -> Verifier:
 
     def outcomes(logits, draft):
         check_draft(logits, draft)
-        tokens = jnp.argmax(logits, axis=-1)
+        tokens = law.best(logits)
         here = jnp.arange(logits.shape[1]) == _place(draft, tokens)[:, None]
         return jax.nn.one_hot(tokens, logits.shape[-1]) * here[:, :, None]
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from collab_jax import law
 from collab_jax.cooperate.efficient.draft import Proposer, check_size
 from collab_jax.cooperate.efficient.ngram import check_order
 from collab_jax.cooperate.efficient.recycle import known_first
@@ -116,8 +117,7 @@ def lookahead(
         live = verified.count > 0
         tips = jnp.maximum(verified.draft.count[:, None] - window, 0)
         tips = tips + jnp.arange(window) + 1  # behind the pending token
-        said = jnp.take_along_axis(logits, tips[:, :, None], axis=1)
-        said = jnp.argmax(said, axis=-1).astype(jnp.int32)  # [B, W]
+        said = law.best(jnp.take_along_axis(logits, tips[:, :, None], axis=1))  # [B, W]
         grown = jnp.concatenate([state.window, said[:, None]], axis=1)  # [B, N, W]
         wanted = jnp.broadcast_to(live[:, None], said.shape)
         pool = insert(state.pool, jnp.swapaxes(grown, 1, 2), wanted)

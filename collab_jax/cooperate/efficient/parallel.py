@@ -77,7 +77,7 @@ def parallel(heads: Heads, *, read: Read = of_one_model) -> Proposer:
 
     def draft(logits, known, key, length):
         del key, length
-        best = jnp.argmax(logits, axis=-1)
+        best = law.best(logits)
         return _chain(_tokens(heads, best), known)
 
     return _proposer(heads, read, draft, heads.size, heads.size)

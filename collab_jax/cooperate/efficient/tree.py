@@ -280,7 +280,7 @@ def typical_tree(epsilon=0.09, delta=0.3) -> Verifier:
         deepest = whole & (depth == depth.max(1, keepdims=True))
         best = jnp.argmax(jnp.where(deepest, total, -jnp.inf), axis=1)
         place = jnp.where(whole.any(1), best + 1, 0).astype(jnp.int32)
-        token = jnp.argmax(logits[rows[:, 0], place], axis=-1).astype(jnp.int32)
+        token = law.best(logits[rows[:, 0], place])
         return place, token
 
     def verify(key, length, out, draft):

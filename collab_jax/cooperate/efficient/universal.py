@@ -163,7 +163,7 @@ def _scorer(lm: LM, eos: Sequence[int], width: int):
     def score(params, state, pending, proposed, count, left):
         read = jnp.concatenate([pending[:, None], proposed], axis=1)
         out, state = lm.extend(params, state, read)
-        best = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        best = law.best(out.logits)
         same = (best[:, :-1] == proposed) & (index[:-1] < count[:, None])
         accepted = jnp.cumprod(same, axis=1).sum(-1, dtype=jnp.int32)
         log_p = law.log_probs(out.logits)
@@ -188,7 +188,7 @@ def _writer(lm: LM, size: int, chunk: int):
         def step(carry, _):
             state, token = carry
             out, state = lm.extend(params, state, token[:, None])
-            token = jnp.argmax(out.logits[:, 0], axis=-1).astype(jnp.int32)
+            token = law.best(out.logits[:, 0])
             return (state, token), token
 
         (state, _), written = jax.lax.scan(step, (state, last), None, size)
