@@ -45,7 +45,7 @@ from speculating.peer import torch_greedy
 from speculating.strategies import DRAFTED, cut
 from speculating.subject import NAME, Subject, real, texts, toy
 
-from collab_jax import decode, warp
+from collab_jax import decode
 from collab_jax.commands.progress import progress
 from collab_jax.cooperate.efficient import adaptive, exact, ngram
 from collab_jax.cooperate.efficient.draft_model import draft_lm
@@ -91,7 +91,9 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
     """Everything that is compared, by name, and our programs."""
     model, params = subject.lm, subject.params
     config, small = cut(subject, layers)
-    draft = warp.warp(language_model(transformer.transformer(config)), warp.greedy())
+    draft = draft_lm(
+        language_model(transformer.transformer(config)), DRAFTED, greedy=True
+    )
     ends = {"eos": subject.eos}
 
     def with_draft(proposer):
@@ -108,7 +110,10 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
         "greedy": (decode.greedy(model, subject.new, **ends), params),
         "prompt lookup": (with_draft(ngram.prompt_lookup(size)), (params, ())),
         "adaptive n-gram": (with_draft(adaptive.adaptive(size)), (params, ())),
-        "draft model": (with_draft(draft_lm(draft, DRAFTED)), (params, small)),
+        "draft model": (
+            with_draft(draft_lm(draft, DRAFTED, greedy=True)),
+            (params, small),
+        ),
     }
     programs = {
         name: decode.compile(lambda _, decoder=decoder: decoder)

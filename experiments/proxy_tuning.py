@@ -58,7 +58,7 @@ from joining.small import LENGTH, Healing, Small, healed, notes, tuned, unseen
 from merging.data import tasks
 from merging.experts import Recipe
 
-from collab_jax import combine, score, warp
+from collab_jax import combine, score
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.transfer.offset import proxy_tuning
 from collab_jax.io.hub import cache
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.pop(OTHER, None)  # it is its own
     asked = [f"Question: {q}\nAnswer:" for q, _ in problems(data, "test")[:4]]
     expert = experts[some[0].name]  # of the last seed
-    drafts = draft_lm(warp.warp(small.lm, warp.greedy()), 3)
+    drafts = draft_lm(small.lm, 3, greedy=True)
     for name, *drafter in (
         ("n-grams", None, ()),
         ("the small tuned model", drafts, expert),

@@ -24,7 +24,7 @@ from collab_jax.lm import Backbone, Features, Out
 from collab_jax.models import table, transformer
 from collab_jax.models.config import from_hf
 from collab_jax.packing import Batch
-from collab_jax.warp import temperature
+from collab_jax.warp import greedy, temperature
 
 # --- the rule
 
@@ -171,6 +171,23 @@ def test_examples_are_drafted_tokens_with_their_acceptance(chunk):
     found = np.minimum(1, np.take_along_axis(p / q, z, -1))[..., 0]
     np.testing.assert_allclose(labels, found, rtol=1e-3)
     assert len(np.unique(z)) > 3
+
+
+def test_examples_of_greedy_drafts():
+    """The best token; the head sees the law that it was the best of."""
+    run = functools.partial(examples, BACKBONE, BACKBONE, (Q, P), BATCH, mix=0.0)
+    _, q = read(Q, BATCH.tokens[:, :-1])
+    _, p = read(P, BATCH.tokens[:, :-1])
+    p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (p, q))
+    z = q.argmax(-1)
+    said = np.take_along_axis(p, z[..., None], -1)[..., 0]
+    for warps, expected in ((), said), ([greedy()], z == p.argmax(-1)):
+        x, labels, _ = run(jax.random.key(1), warps=warps, greedy=True)
+        np.testing.assert_allclose(labels, expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(x[..., -2], np.log(q.max(-1)), rtol=1e-3, atol=1e-4)
+        entropy = -(q * np.log(q)).sum(-1)
+        np.testing.assert_allclose(x[..., -1], entropy, rtol=1e-3)
+    assert 0 < (z == p.argmax(-1)).mean() < 1
 
 
 def test_mixed_text_is_text_of_the_draft():

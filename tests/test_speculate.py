@@ -19,7 +19,7 @@ from speculation import (
     rounds,
 )
 
-from collab_jax import decode, warp
+from collab_jax import decode, law, warp
 from collab_jax.cooperate.efficient import coupled, verify
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.efficient.speculate import speculate
@@ -44,12 +44,59 @@ def test_coupled_runs_are_plain_sampling(ends):
     for params, draft in (
         (NEAR, draft_lm(WARPED, 4)),
         (PARAMS, draft_lm(warp.warp(LM, warp.greedy()), 2)),
+        (PARAMS, draft_lm(LM, 2, greedy=True)),
         ((PARAMS[0], (NEAR[1], ())), draft_lm(LM, 3, stopping=confidence(0.5))),
         ((PARAMS[0], ()), copies(3)),
     ):
         decoder = speculate(on_lm(WARPED), draft, 12, verifier=coupled.gumbel(), **ends)
         same(draws(decoder, params), expected)
     assert len({*np.asarray(expected.length - expected.prompt_length)}) > 1 or not ends
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_greedy_draft_is_that_of_a_greedy_warp(whole):
+    best = warp.warp(LM, warp.greedy())
+    warped = draft_lm(best, 3, chunk=3, whole=whole)
+    greedy = draft_lm(LM, 3, chunk=3, greedy=True, whole=whole)
+    results = [
+        draws(speculate(on_lm(LM), draft, 12, verifier=verify.block()), PARAMS)
+        for draft in (warped, greedy)
+    ]
+    same(*results)
+    for one, other in zip(*(result.info for result in results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_greedy_draft_stops_where_its_lm_is_not_sure():
+    """Behind a warp that leaves one token the rule sees certainty, and never stops."""
+    tokens, length = decode.pad(PROMPTS)
+    wide = jnp.pad(tokens, ((0, 0), (0, 4)))
+    key = law.row_keys(jax.random.key(0), len(PROMPTS))
+
+    def drafted(lm, **rest):
+        draft = draft_lm(lm, 4, stopping=confidence(0.6), **rest)
+        params = PARAMS[1], ()
+        state = draft.init(params, tokens, length, 4)
+        return draft.propose(params, state, wide, length, key)[0]
+
+    draft = drafted(LM, greedy=True)
+    never = drafted(warp.warp(LM, warp.greedy()))
+    assert draft.law is None
+    assert never.count.tolist() == [4] * len(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        text, count = list(prompt), 0
+        while count < 4:
+            out, _ = LM.extend(
+                PARAMS[1], LM.init(PARAMS[1], 1, len(text)), jnp.array([text])
+            )
+            q = np.asarray(jax.nn.softmax(out.logits[0, -1]))
+            assert int(draft.tokens[row, count]) == q.argmax()
+            text.append(int(q.argmax()))
+            count += 1
+            if q.max() < 0.6:
+                break
+        assert int(draft.count[row]) == count
+    assert len({*draft.count.tolist()}) > 1
 
 
 def test_coupled_drafts_agree_more_often():

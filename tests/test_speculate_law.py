@@ -34,11 +34,12 @@ def test_runs_follow_the_law(name):
     assert found < limit
 
 
+@pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize(
     "rule", [confidence(0.5), schedule(2, 3)], ids=["confidence", "schedule"]
 )
-def test_stopping_rules_keep_the_law(rule):
-    proposer = draft_lm(WARPED, 3, stopping=rule)
+def test_stopping_rules_keep_the_law(rule, greedy):
+    proposer = draft_lm(WARPED, 3, stopping=rule, greedy=greedy)
     decoder = speculate(on_lm(WARPED), proposer, 4)
     found, limit = chi_square(decoder, params=(PARAMS[0], (PARAMS[1], ())))
     assert found < limit

@@ -220,14 +220,14 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
     def early() -> Source:
         tap = f"hidden.{layers}"
         first = language_model(subject.backbone((tap,), (0, layers)))
-        own = draft_lm(warp.warp(first, warp.greedy()), DRAFTED, whole=True)
+        own = draft_lm(first, DRAFTED, greedy=True, whole=True)
         return Source(own, None, lambda lm: early_exit(lm, tap))
 
     def unsure() -> Source:
         """A draft model that stops where it is not sure."""
         lm, own = model()
         rule = stopping.confidence(0.4)
-        draft = draft_lm(warp.warp(lm, warp.greedy()), DRAFTED, stopping=rule)
+        draft = draft_lm(lm, DRAFTED, greedy=True, stopping=rule)
         return Source(draft, (own, ()))
 
     paths = topology.grow(2 * size)
@@ -240,9 +240,7 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         "recycling": free(lambda: recycle.recycle(size, vocab)),
         "recycling tree": free(lambda: recycle.recycle_tree(paths, vocab)),
         "lookahead": free(lambda: lookahead.lookahead(vocab)),
-        "draft model": of_model(
-            lambda lm: draft_lm(warp.warp(lm, warp.greedy()), DRAFTED)
-        ),
+        "draft model": of_model(lambda lm: draft_lm(lm, DRAFTED, greedy=True)),
         "unsure model": unsure,
         "tree of a model": of_model(lambda lm: draft_tree(lm, growth.ranked(short))),
         "expanded tree": of_model(

@@ -29,6 +29,7 @@ def examples(
     key: jax.Array,
     *,
     warps: Warps = (),
+    greedy: bool = False,
     mix: float = 0.15,
     chunk: int = 64,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -36,7 +37,7 @@ def examples(
 
     Some tokens of the text are replaced by what the draft says there, as they would be
     in a draft; then z ~ q(. | text so far) is drawn at every position, and its label is
-    `min(1, p(z) / q(z))`.
+    `min(1, p(z) / q(z))`. Of a greedy draft, z = argmax q and the label is p(z).
 
     Args:
       draft: the draft model, run without a cache.
@@ -44,7 +45,9 @@ def examples(
       params: of the draft, and of the target.
       batch: tokens `[B, T]` and weights `[B, T]`; text that the target wrote is best.
       key: one typed key; consumed.
-      warps: functions of logits that both laws go through when they decode.
+      warps: functions of logits that both laws go through when they decode; only the
+        target's, if the draft is greedy.
+      greedy: whether the draft is; of `draft_lm`.
       mix: share of the tokens (of those that have a weight) that is replaced.
       chunk: positions whose logits exist at one time.
 
@@ -77,7 +80,10 @@ def examples(
         return logits
 
     def drawn(state, noise):
-        q = warped(draft.unembed(ours, state))
+        q = draft.unembed(ours, state)
+        if greedy:
+            return q, law.best(q)
+        q = warped(q)
         return q, jax.random.categorical(noise, q)
 
     def replace(state, noise):
@@ -95,7 +101,8 @@ def examples(
             jnp.take_along_axis(law.log_probs(x), z[..., None], -1)[..., 0]
             for x in (p, q)
         )
-        return inputs(state, q, z), jnp.exp(jnp.minimum(log_p - log_q, 0.0))
+        label = log_p if greedy else jnp.minimum(log_p - log_q, 0.0)
+        return inputs(state, q, z), jnp.exp(label)
 
     said = _in_pieces(replace, (hidden(draft, ours, tokens[:, :-1]),), draws, chunk)
     counted = weights[:, 1:]
@@ -159,6 +166,7 @@ def acceptance_tuner(
     optimizer: optax.GradientTransformation,
     *,
     warps: Warps = (),
+    greedy: bool = False,
     mix: float = 0.15,
     mismatch: float = 6.0,
     chunk: int = 64,
@@ -173,7 +181,9 @@ def acceptance_tuner(
       target: the target.
       head: what is trained; of `head`.
       optimizer: any optax transformation.
-      warps: functions of logits that both laws go through when they decode.
+      warps: functions of logits that both laws go through when they decode; only the
+        target's, if the draft is greedy.
+      greedy: whether the draft is; of `draft_lm`.
       mix: share of the tokens that the draft replaces.
       mismatch: how often a rejection counts.
       chunk: positions whose logits exist at one time.
@@ -211,6 +221,7 @@ def acceptance_tuner(
             batch,
             key,
             warps=warps,
+            greedy=greedy,
             mix=mix,
             chunk=chunk,
         )

@@ -32,18 +32,21 @@ def draft_lm(
     lm: LM,
     length: int,
     *,
+    greedy: bool = False,
     stopping: Stopping | None = None,
     whole: bool = False,
     chunk: int = 128,
 ) -> Proposer:
     """Proposes what an LM samples: `x_i ~ q(. | x_<i)`, i = 1 .. K.
 
-    Temperature and the like are warps of the LM, and the draft's law is the warped one;
-    a greedy draft is `draft_lm(warp(lm, greedy()), K)`.
+    Temperature and the like are warps of the LM, and the draft's law is the warped one.
+    A greedy draft, `x_i = argmax q(. | x_<i)`, has no law, and its LM is not warped: so
+    a stopping rule sees how sure the LM is.
 
     Args:
       lm: any LM over the target's vocabulary.
       length: K, the longest draft.
+      greedy: whether the likeliest token is proposed, in place of a sample.
       stopping: when to stop earlier, row by row; the calls end when all rows stopped.
       whole: whether `Draft.out` holds the outputs at the pending token and at all K
         tokens, for targets that read them; costs one more call.
@@ -65,6 +68,9 @@ def draft_lm(
     >>> draft, state = proposer.propose(params, state, tokens, length, key)
     >>> draft.tokens.tolist(), draft.count.tolist(), draft.law.shape
     ([[2, 2, 2]], [3], (1, 3, 3))
+    >>> proposer = draft_lm(lm, 3, greedy=True)
+    >>> proposer.propose(params, state, tokens, length, key)[0].law is None
+    True
     """
     size = check_size("length", length)
 
@@ -104,7 +110,9 @@ def draft_lm(
     def propose(params, state, tokens, length, key):
         params, own = split(params)
         batch = length.shape[0]
-        keep = (lambda out: out) if whole else (lambda out: Out(out.logits))
+
+        def keep(out):
+            return out if whole else () if greedy else Out(out.logits)
 
         def known(out):
             """Rows that have a law: what is drawn from NaN or nothing is no draft."""
@@ -112,7 +120,10 @@ def draft_lm(
 
         def draw(i, out, going, rule):
             """One more token: (token, rows that go on, the rule's state)."""
-            token = law.draw(out.logits, key, length + i)
+            if greedy:
+                token = law.best(out.logits)
+            else:
+                token = law.draw(out.logits, key, length + i)
             if stopping is not None:
                 rule, halt = stopping.step(own, rule, i, out, token)
                 going &= ~halt
@@ -152,9 +163,8 @@ def draft_lm(
             last = jax.lax.dynamic_index_in_dim(drafted, i - 1, axis=1)
             out, inner = lm.extend(params, inner, last)
             outs = write(outs, i, jax.tree.map(lambda x: x[:, 0], out))
-        draft = Draft(
-            drafted, count, outs.logits[:, :size], None, outs if whole else None
-        )
+        drawn_from = None if greedy else outs.logits[:, :size]
+        draft = Draft(drafted, count, drawn_from, None, outs if whole else None)
         consumed = jnp.full(batch, i + whole, jnp.int32)
         return draft, DraftState(inner, state.lag, consumed, rule)
 
