@@ -72,7 +72,7 @@ class Drafter(NamedTuple):
 
         return speculate(
             on_lm(lm, widths=self._widths()),
-            self._proposer(drafting),
+            self._proposer(drafting, greedy),
             max_new_tokens,
             verifier=exact.greedy() if greedy else self._verifier(),
             **ends,
@@ -84,12 +84,12 @@ class Drafter(NamedTuple):
             return ()
         return (1,) if self.length < 6 else (1, 1 + self.length // 2)
 
-    def _proposer(self, lm: "LM | None") -> "Proposer":
+    def _proposer(self, lm: "LM | None", greedy: bool) -> "Proposer":
         from collab_jax.cooperate.efficient import adaptive, ngram, suffix
         from collab_jax.cooperate.efficient.draft_model import draft_lm
 
         if lm is not None:
-            return draft_lm(lm, self.length)
+            return draft_lm(lm, self.length, greedy=greedy)
         slots = 1 << max(13, self.longest.bit_length())
         known: tuple[Callable[[int], Proposer], ...] = (
             ngram.ngram,

@@ -47,8 +47,7 @@ class Strategy(NamedTuple):
         if self.drafter is not None:
             greedy, warps = warps is None, warps or ()
             if drafting is not None:
-                same = (warp.greedy(),) if greedy else warps
-                drafting = warp.warp(self.drafter.read_as(drafting), *same)
+                drafting = warp.warp(self.drafter.read_as(drafting), *warps)
             return self.drafter.decoder(
                 warp.warp(lm, *warps), drafting, self.max_new_tokens, greedy, **ends
             )
