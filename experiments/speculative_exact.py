@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from measuring.atomic import write_json
 from speculating import same
 from speculating.strategies import (
@@ -38,7 +37,7 @@ from speculating.strategies import (
     sources,
     targets,
 )
-from speculating.subject import Subject, real, texts, toy
+from speculating.subject import Subject, count, real, texts, toy
 
 from collab_jax import decode
 from collab_jax.commands.progress import progress
@@ -133,6 +132,7 @@ class Trial:
         one_of_each = [[(group, 0) for group in groups]]
         batches = one_of_each if case.short else self.subject.batches(case.size)
         report: dict[str, Any] = {"rows": 0, "tokens": 0, "calls": 0, "apart": []}
+        by_group: dict[str, list[int]] = {}  # tokens and calls
         begin = time.perf_counter()
         for rows in batches:
             size = len(groups) if case.short else case.size
@@ -147,13 +147,16 @@ class Trial:
             result = drafted(None, (params, drafting), prompt, length, key)
             got = texts(result, len(lists))
             report["rows"] += len(lists)
-            report["tokens"] += sum(map(len, got))
-            report["calls"] += int(np.asarray(result.info.calls)[: len(lists)].sum())
+            count(by_group, rows, got, result.info.calls)
             report["apart"] += self.differences(
                 target, rows, lists, got, same.unpacked(known[place])
             )
             advance()
-        return report | {"seconds": round(time.perf_counter() - begin, 1)}
+        report["tokens"], report["calls"] = map(
+            sum, zip(*by_group.values(), strict=True)
+        )
+        seconds = round(time.perf_counter() - begin, 1)
+        return report | {"groups": by_group, "seconds": seconds}
 
     def differences(self, target, rows, lists, got, expected):
         """Where rows differ from the plain ones, in the law of the target itself."""
@@ -169,7 +172,7 @@ class Trial:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The table."""
+    """The tables."""
     print(
         f"\n{'target':16}{'proposer':18}{'batch':>6}{'rows':>6}{'tok/call':>10}  apart"
     )
@@ -182,6 +185,25 @@ def show(found: dict[str, Any]) -> None:
             f"{target:16}{source:18}{size:>6}{report['rows']:6}{rate:10.2f}  "
             f"{len(report['apart'])} ({ties} by a tie)"
         )
+    show_groups(found)
+
+
+def show_groups(found: dict[str, Any]) -> None:
+    """Tokens a call of the plain target, by group of prompts."""
+    whole = {
+        key: report["groups"]
+        for key, report in found["cases"].items()
+        if "groups" in report and key.split(" | ")[0] == PLAIN and "short" not in key
+    }
+    if not whole:
+        return
+    names = list(next(iter(whole.values())))
+    print(f"\n{'tokens a call':24}" + "".join(f"{name[:13]:>15}" for name in names))
+    for key, groups in whole.items():
+        rates = (groups[name][0] / max(groups[name][1], 1) for name in names)
+        source, size = key.split(" | ")[1:]
+        cells = "".join(f"{rate:15.2f}" for rate in rates)
+        print(f"{source + ', ' + size:24}{cells}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -139,3 +139,16 @@ def texts(result: decode.Sequences, count: int) -> list[list[int]]:
         np.asarray(x) for x in (result.tokens, result.prompt_length, result.length)
     )
     return [tokens[b, begin[b] : end[b]].tolist() for b in range(count)]
+
+
+def count(
+    groups: dict[str, list[int]],
+    rows: Sequence[Row],
+    found: Sequence[Sequence[int]],
+    calls: Any,
+) -> None:
+    """Adds new tokens, and calls of the target, to those of the rows' groups."""
+    for (group, _), text, some in zip(rows, found, calls, strict=False):
+        counts = groups.setdefault(group, [0, 0])
+        counts[0] += len(text)
+        counts[1] += int(some)

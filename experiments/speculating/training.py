@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from measuring.atomic import write_json
 from speculating import same
-from speculating.subject import Subject, texts
+from speculating.subject import Subject, count, texts
 
 from collab_jax import decode, finetune
 from collab_jax.commands.progress import progress
@@ -150,10 +150,7 @@ def measured(
             plain[place] = same.packed(texts(result, len(some)))
         result = program(None, (subject.params, own), prompt, length, key)
         got = texts(result, len(some))
-        for (group, _), text, calls in zip(some, got, result.info.calls, strict=False):
-            own = report["groups"].setdefault(group, [0, 0])
-            own[0] += len(text)
-            own[1] += int(calls)
+        count(report["groups"], some, got, result.info.calls)
         expected = same.unpacked(plain[place])
         report["apart"] += same.differences(
             some, subject.of(some), got, expected, margin
@@ -161,8 +158,8 @@ def measured(
         drafted += int(np.asarray(result.info.drafted)[: len(some)].sum())
         tried = tried + np.asarray(result.info.tried)[: len(some)].sum(0)
         taken = taken + np.asarray(result.info.taken)[: len(some)].sum(0)
-    report["tokens"] = sum(tokens for tokens, _ in report["groups"].values())
-    report["calls"] = sum(calls for _, calls in report["groups"].values())
+    every = zip(*report["groups"].values(), strict=True)
+    report["tokens"], report["calls"] = map(sum, every)
     report["drafted"] = drafted
     report["acceptance"] = (taken / np.maximum(tried, 1)).round(3).tolist()
     return report
