@@ -230,8 +230,9 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         draft = draft_lm(lm, DRAFTED, greedy=True, stopping=rule)
         return Source(draft, (own, ()))
 
-    paths = topology.grow(2 * size)
-    short = [path for path in topology.grow(24) if len(path) <= 3]
+    nodes = 2 * size  # of a tree: more show nothing else, and each costs a row
+    paths = topology.grow(nodes)
+    short = [path for path in paths if len(path) <= 3]
     return {
         "prompt lookup": free(lambda: ngram.prompt_lookup(size)),
         "n-gram": free(lambda: ngram.ngram(size)),
@@ -239,12 +240,12 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         "suffix": free(lambda: suffix.suffix(size)),
         "recycling": free(lambda: recycle.recycle(size, vocab)),
         "recycling tree": free(lambda: recycle.recycle_tree(paths, vocab)),
-        "lookahead": free(lambda: lookahead.lookahead(vocab)),
+        "lookahead": free(lambda: lookahead.lookahead(vocab, 3, 3, 3)),
         "draft model": of_model(lambda lm: draft_lm(lm, DRAFTED, greedy=True)),
         "unsure model": unsure,
         "tree of a model": of_model(lambda lm: draft_tree(lm, growth.ranked(short))),
         "expanded tree": of_model(
-            lambda lm: draft_tree(lm, growth.expanded(3, 4, min(2 * size, 24)))
+            lambda lm: draft_tree(lm, growth.expanded(3, 4, nodes))
         ),
         "heads": over(
             medusa(subject.backbone(), 3), lambda made: parallel(made, read=first_of)
@@ -258,6 +259,6 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
             lambda made: parallel(made, read=first_of),
         ),
         "features": features(growth.chain(3)),
-        "tree of features": features(growth.expanded(3, 4, min(2 * size, 24))),
+        "tree of features": features(growth.expanded(3, 4, nodes)),
         EARLY: early,
     }
