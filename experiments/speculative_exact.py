@@ -221,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="of draft models and amateurs")
     chosen = parser.parse_args(arguments)
     small = chosen.smoke or chosen.toy
+    if small:  # its time is that of compiling
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     output = chosen.output or (
         RESULTS.with_stem("speculative_exact_toy") if small else RESULTS
     )
