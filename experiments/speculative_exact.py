@@ -11,9 +11,9 @@ up again. Matrices are packed (`collab_jax.models.packed`), with `--plain` they 
 Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
 `cross` (one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
-Hardware: two CPU cores, 12 GiB; `--toy`, a random Llama: minutes (`--smoke`: a few
-cases of it).
-Expected: `--toy`: all 478 texts of 134 cases equal; real prompts were not run whole.
+Hardware: two CPU cores, 12 GiB, hours; `--toy`, a random Llama: 16 minutes (`--smoke`:
+a few cases of it).
+Expected: `--toy`: all 706 texts of 202 cases equal; real prompts were not run whole.
 """
 
 import argparse
