@@ -27,8 +27,16 @@ from typing import Any
 import jax
 from measuring.atomic import write_json
 from speculating.strategies import cut
-from speculating.subject import Subject, real, toy
-from speculating.training import ROWS, data_of, measured, optimizer, train, written
+from speculating.subject import Subject
+from speculating.training import (
+    ROWS,
+    data_of,
+    measured,
+    opened,
+    optimizer,
+    train,
+    written,
+)
 
 from collab_jax import warp
 from collab_jax.commands.progress import progress
@@ -38,7 +46,6 @@ from collab_jax.cooperate.efficient.acceptance_training import acceptance_tuner
 from collab_jax.cooperate.efficient.budget import budget
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.efficient.stopping import Stopping
-from collab_jax.io import hub
 from collab_jax.lm import language_model
 from collab_jax.models.transformer import transformer
 
@@ -149,18 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
     chosen.layers = chosen.layers or (1 if chosen.smoke else 25)
+    subject, cache = opened(parser, chosen, output)
     if chosen.smoke:
-        subject, chosen.texts, chosen.epochs = toy(), 5, 1
-        cache = output.parent / "adaptive_length"
-    else:
-        subject = real(chosen.data, chosen.rows)
-        cache = hub.cache() / "experiments" / "train_drafters"  # the same texts
-    if not any(subject.more.values()):
-        parser.error(
-            f"--rows {chosen.rows} leaves no prompt to train on; fewer rows, or --data "
-            "with Spec-Bench are expected"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
+        chosen.texts, chosen.epochs = 5, 1
     draft = cut(subject, chosen.layers)
     made, own = trained(subject, chosen, cache, draft)
     every = rules(made, own.before, own.after)

@@ -31,11 +31,12 @@ import jax
 import numpy as np
 from measuring.atomic import write_json
 from speculating.strategies import cut
-from speculating.subject import Subject, real, toy
+from speculating.subject import Subject
 from speculating.training import (
     Trained,
     data_of,
     measured,
+    opened,
     optimizer,
     train,
     written,
@@ -51,7 +52,6 @@ from collab_jax.cooperate.efficient.feature_training import extrapolation_tuner
 from collab_jax.cooperate.efficient.growth import chain, expanded
 from collab_jax.cooperate.efficient.parallel import parallel, parallel_tree
 from collab_jax.cooperate.efficient.parallel_training import accuracies, heads_tuner
-from collab_jax.io import hub
 from collab_jax.lm import language_model
 from collab_jax.models.draft_vocabulary import frequent
 from collab_jax.models.extrapolator import extrapolator
@@ -197,18 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
     chosen.layers = chosen.layers or (1 if chosen.smoke else 12)
+    subject, cache = opened(parser, chosen, output)
     if chosen.smoke:
-        subject, chosen.texts, chosen.epochs, chosen.vocabulary = toy(), 5, 1, 64
-        cache = output.parent / "train_drafters"
-    else:
-        subject = real(chosen.data, chosen.rows)
-        cache = hub.cache() / "experiments" / "train_drafters"
-    if not any(subject.more.values()):
-        parser.error(
-            f"--rows {chosen.rows} leaves no prompt to train on; fewer rows, or --data "
-            "with Spec-Bench are expected"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
+        chosen.texts, chosen.epochs, chosen.vocabulary = 5, 1, 64
     pairs = written(subject, chosen.texts, cache)
     made = drafters(subject, pairs, chosen, cache)
     if chosen.smoke:  # one of each kind

@@ -1,5 +1,6 @@
 """Training on what a model writes, and what its drafts are worth before and after."""
 
+import argparse
 import hashlib
 import json
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from measuring.atomic import write_json
 from speculating import same
-from speculating.subject import Subject, count, texts
+from speculating.subject import Subject, count, real, texts, toy
 
 from collab_jax import decode, finetune
 from collab_jax.commands.progress import progress
@@ -20,12 +21,31 @@ from collab_jax.cooperate.efficient import exact
 from collab_jax.cooperate.efficient.draft import Proposer
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
+from collab_jax.io import hub
 from collab_jax.io.checkpoint import load_checkpoint, save_checkpoint
 from collab_jax.packing import Batch, rows
 
 ROWS = 8  # of a batch while text is written
 BATCH = 4  # rows of a step of training
 PROMPT = 96  # tokens of a prompt that are trained with, its last ones
+
+
+def opened(
+    parser: argparse.ArgumentParser, chosen: argparse.Namespace, output: Path
+) -> tuple[Subject, Path]:
+    """The model with its prompts, and the folder of what was written or trained."""
+    if chosen.smoke:
+        subject, cache = toy(), output.parent / "trained"
+    else:
+        subject = real(chosen.data, chosen.rows)
+        cache = hub.cache() / "experiments" / "train_drafters"
+    if not any(subject.more.values()):
+        parser.error(
+            f"--rows {chosen.rows} leaves no prompt to train on; fewer rows, or --data "
+            "with Spec-Bench are expected"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    return subject, cache
 
 
 class Trained(NamedTuple):
