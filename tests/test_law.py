@@ -31,6 +31,51 @@ def test_log_probs_and_entropy():
     np.testing.assert_allclose(law.entropy(z), -terms.sum(-1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [5, 50_000])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 3.0, 300.0])
+def test_entropy_of_flat_and_of_sharp_laws(size, spread):
+    """Of a wide law nothing is lost in the sum, and of a sure one nothing cancels."""
+    z = spread * np.random.default_rng(1).normal(size=(2, size)).astype(np.float32)
+    p = probs(z)
+    expected = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+    found = np.asarray(jax.jit(law.entropy)(z))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+    assert (found >= 0).all()
+
+
+def test_the_gradient_of_entropy_against_numpy():
+    """`dH/dz_v = -p_v (log p_v + H)`."""
+    z = logits(absent=0)
+    log_p = np.log(probs(z))
+    entropy = -(np.exp(log_p) * log_p).sum(-1, keepdims=True)
+    found = jax.grad(lambda z: law.entropy(z).sum())(jnp.asarray(z))
+    np.testing.assert_allclose(
+        found, -np.exp(log_p) * (log_p + entropy), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_best_token_is_the_first_of_equals(dtype):
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.integers(0, 4, (6, 2, 9)), dtype)  # many are equal
+    z = z.at[0].set(-jnp.inf).at[1, 0, 3].set(jnp.inf)
+    expected = np.argmax(np.asarray(z, np.float32), -1)
+    for best in (law.best, jax.jit(law.best), jax.vmap(law.best)):
+        np.testing.assert_array_equal(best(z), expected)
+    assert law.best(z).dtype == jnp.int32
+    # what is fused with it changes neither reduction alone
+    fused = jax.jit(lambda z: law.best(jnp.sin(z * 3.7) * 1.1 + jnp.exp(-z)))
+    wide = jnp.asarray(rng.normal(size=(64, 4096)), jnp.float32)
+    again = jnp.sin(wide * 3.7) * 1.1 + jnp.exp(-wide)
+    found = np.take_along_axis(np.asarray(again), np.asarray(fused(wide))[:, None], 1)
+    np.testing.assert_allclose(found[:, 0], again.max(-1), rtol=1e-5)
+
+
+def test_the_best_of_a_broken_law_is_some_token():
+    z = jnp.full((1, 4), jnp.nan)
+    assert 0 <= int(law.best(z)[0]) < 4
+
+
 def test_a_dead_law_stays_dead_and_a_nan_stays():
     dead = jnp.full((1, 4), -jnp.inf)
     assert jnp.isneginf(law.log_probs(dead)).all()
