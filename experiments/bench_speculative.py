@@ -110,10 +110,7 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
         "greedy": (decode.greedy(model, subject.new, **ends), params),
         "prompt lookup": (with_draft(ngram.prompt_lookup(size)), (params, ())),
         "adaptive n-gram": (with_draft(adaptive.adaptive(size)), (params, ())),
-        "draft model": (
-            with_draft(draft_lm(draft, DRAFTED, greedy=True)),
-            (params, small),
-        ),
+        "draft model": (with_draft(draft), (params, small)),
     }
     programs = {
         name: decode.compile(lambda _, decoder=decoder: decoder)
