@@ -97,8 +97,8 @@ def trained(subject: Subject, chosen: argparse.Namespace, cache: Path, draft: An
     )
     base = own, subject.params, jax.random.key(1)
     start = made.init(jax.random.key(0))
-    said = [chosen.epochs, chosen.rate, chosen.layers]
-    found = train("acceptance", tuner, start, base, data, said, chosen.epochs, cache)
+    setting = chosen.rate, chosen.layers
+    found = train("acceptance", tuner, start, base, data, setting, chosen.epochs, cache)
     return made, found
 
 

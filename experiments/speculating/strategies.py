@@ -230,6 +230,10 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         draft = draft_lm(lm, DRAFTED, greedy=True, stopping=rule)
         return Source(draft, (own, ()))
 
+    def chained(made: Any) -> Proposer:
+        return parallel(made, read=first_of)
+
+    three = medusa(subject.backbone(), 3)
     nodes = 2 * size  # of a tree: more show nothing else, and each costs a row
     paths = topology.grow(nodes)
     short = [path for path in paths if len(path) <= 3]
@@ -247,16 +251,12 @@ def sources(subject: Subject, layers: int) -> dict[str, Callable[[], Source]]:
         "expanded tree": of_model(
             lambda lm: draft_tree(lm, growth.expanded(3, 4, nodes))
         ),
-        "heads": over(
-            medusa(subject.backbone(), 3), lambda made: parallel(made, read=first_of)
-        ),
+        "heads": over(three, chained),
         "tree of heads": over(
-            medusa(subject.backbone(), 3),
-            lambda made: parallel_tree(made, short, read=first_of),
+            three, lambda made: parallel_tree(made, short, read=first_of)
         ),
         "blockwise heads": over(
-            blockwise(subject.backbone(), 3, subject.config.width),
-            lambda made: parallel(made, read=first_of),
+            blockwise(subject.backbone(), 3, subject.config.width), chained
         ),
         "features": features(growth.chain(3)),
         "tree of features": features(growth.expanded(3, 4, nodes)),

@@ -114,7 +114,7 @@ def train(
     cache: Path,
 ) -> Trained:
     """Trains, or finds what was trained on the same data with the same setting."""
-    said = [name, *setting, [leaf.tolist() for leaf in data]]
+    said = [name, epochs, *setting, [leaf.tolist() for leaf in data]]
     path = cache / f"{name}-{_digest(said)}"
     notes = path.with_suffix(".json")
     if not notes.exists():
