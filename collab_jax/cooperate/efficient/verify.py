@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from collab_jax import law
+from collab_jax import law, warp
 from collab_jax.cooperate.efficient.draft import Draft, Verified
 from collab_jax.lm import Out
 
@@ -326,9 +326,6 @@ def typical(epsilon=0.09, delta=0.3) -> Verifier:
 
     def resume(logits, draft, accepted):
         del draft
-        best = logits[jnp.arange(accepted.shape[0]), accepted]
-        top = best.max(-1, keepdims=True)
-        first = jnp.argmax(best, -1)[:, None] == jnp.arange(best.shape[-1])
-        return jnp.where(jnp.isfinite(top), jnp.where(first, 0.0, -jnp.inf), top)
+        return warp.greedy()(logits[jnp.arange(accepted.shape[0]), accepted])
 
     return from_laws(survival, resume)
