@@ -7,9 +7,11 @@ decoding of the same target; where it is not, the two best candidates are shown 
 within 1e-4. So is the full cross of targets and proposers, on short texts.
 Command: python experiments/speculative_exact.py [--smoke] [--toy] [--data DIR]
 [--parts P ...] [--rows N] [--plain] [--output FILE]; a run that was stopped is taken
-up again. Matrices are packed (`collab_jax.models.packed`), with `--plain` they are not.
+up again, and several processes share one file (each on cores of its own: compilation
+takes one). Matrices are packed (`collab_jax.models.packed`), with `--plain` they are
+not.
 Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
-`cross` (one prompt of a group, 32 new tokens).
+`cross` (the last 128 tokens of one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
 Hardware: two CPU cores, 12 GiB, hours; `--toy`, a random Llama: 16 minutes (`--smoke`:
 a few cases of it).
@@ -21,7 +23,6 @@ recycling 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from measuring.atomic import write_json
+from measuring.sharing import Report
 from speculating import same
 from speculating.strategies import (
     EARLY,
@@ -51,6 +52,7 @@ from collab_jax.cooperate.efficient.speculate import speculate
 RESULTS = Path(__file__).parent / "results" / "speculative_exact.json"
 PARTS = "proposers", "targets", "cross", "alone"
 PLAIN, FREE, AWARE = "plain", "n-gram", "context-aware"
+SHORT = 128  # tokens of a short prompt, its last ones
 LENGTH = 4  # tokens of a draft: longer ones cost time, and show nothing else
 
 
@@ -66,6 +68,10 @@ class Case(NamedTuple):
     def key(self) -> str:
         """Its name in the report."""
         return " | ".join([self.target, self.source, str(self.size), *self.ending])
+
+    def batches(self, subject: Subject) -> int:
+        """How many."""
+        return 1 if self.short else len(subject.batches(self.size))
 
     @property
     def ending(self) -> list[str]:
@@ -141,6 +147,8 @@ class Trial:
         for rows in batches:
             size = len(groups) if case.short else case.size
             lists = self.subject.of(rows)
+            if case.short:
+                lists = [tokens[-SHORT:] for tokens in lists]
             prompt, length = self.subject.padded(lists, size)
             params, key = target.rows(target.params, prompt), jax.random.key(0)
             place = " | ".join([case.target, same.name_of(rows), *case.ending])
@@ -235,10 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     setting = {"data": bool(chosen.data), "rows": chosen.rows, "toy": small}
     setting |= {} if chosen.plain or small else {"matrices": "packed"}
     setting |= {"layers": chosen.layers, "new": subject.new, "length": subject.length}
-    found: dict[str, Any] = {"setting": setting, "plain": {}, "cases": {}}
-    if output.exists():
-        before = json.loads(output.read_text("utf-8"))
-        found = before if before["setting"] == setting else found
+    shared = Report(output, setting)
+    found = shared.found
     trial = Trial(subject, chosen, found)
     every = cases(chosen.parts, list(trial.targets), list(trial.sources))
     if chosen.smoke:
@@ -246,11 +252,15 @@ def main(arguments: list[str] | None = None) -> int:
         every += [Case(AWARE, "expanded tree", 8, True)]
         every += [Case("all of these", EARLY, 8, True)]
     missing = [case for case in every if case.key not in found["cases"]]
-    total = sum(1 if c.short else len(subject.batches(c.size)) for c in missing)
+    total = sum(case.batches(subject) for case in missing)
     with progress("batches", total) as advance:
         for case in missing:
-            found["cases"][case.key] = trial.run(case, advance)
-            write_json(output, found)
+            if shared.claim(case.key):
+                shared.add(case.key, trial.run(case, advance))
+            else:
+                for _ in range(case.batches(subject)):
+                    advance()
+    shared.read()
     show(found)
     gaps = [gap for report in found["cases"].values() for gap in report["apart"]]
     return int(any(not gap["tie"] for gap in gaps))

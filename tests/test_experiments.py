@@ -42,3 +42,25 @@ def test_smoke(path, tmp_path, capsys, monkeypatch):
     assert not status
     assert output.stat().st_size > 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_shared_report_gives_each_case_to_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from measuring.sharing import Report
+
+    path, setting = tmp_path / "report.json", {"rows": 2}
+    one, other = Report(path, setting), Report(path, setting)
+    assert one.claim("a")
+    assert not other.claim("a")  # somebody runs it
+    assert other.claim("b")
+    one.found["plain"]["p"] = ["1 2"]
+    one.add("a", {"tokens": 1})
+    other.add("b", {"tokens": 2})
+    assert not other.claim("a")  # it is known
+    third = Report(path, setting)
+    assert third.found["cases"] == {"a": {"tokens": 1}, "b": {"tokens": 2}}
+    assert third.found["plain"] == {"p": ["1 2"]}
+    assert Report(path, {"rows": 3}).found["cases"] == {}
+    for report in one, other:  # what ends with its process
+        for lock in report.claimed:
+            lock.release()
