@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 from measuring.atomic import write_json
+from measuring.picture import picture
 from speculating.strategies import cut
 from speculating.subject import Subject
 from speculating.training import (
@@ -122,15 +123,8 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Drafted tokens against tokens a call, not without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(pyplot: Any, found: dict[str, Any]) -> Any:
+    """Drafted tokens against tokens a call."""
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     for name, x in found["rules"].items():
         calls = max(x["calls"], 1)
@@ -141,9 +135,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         )
     axis.set_xlabel("drafted tokens per call of the model")
     axis.set_ylabel("tokens per call of the model")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(output, found)
             advance()
     show(found)
-    plot(found, output.with_suffix(".png"))
+    picture(output, draw, found)
     return int(
         any(not gap["tie"] for x in found["rules"].values() for gap in x["apart"])
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring.atomic import write_json
+from measuring.picture import picture
 from measuring.process import circumstances, measure
 
 RESULTS = Path(__file__).parent / "results" / "bench_compile.json"
@@ -145,22 +146,13 @@ def mixed(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def plot(bench: Bench, path: Path) -> None:
-    """Draws the medians; not without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(pyplot: Any, bench: Bench) -> Any:
+    """Draws the medians."""
     names = list(dict.fromkeys(run["what"] for run in bench.runs))[::-1]
     figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(names) + 1))
     axis.barh(names, [bench.median(name) for name in names])
     axis.set_xlabel("seconds of a whole process, median")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def toy(folder: Path) -> str:
@@ -186,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench = Bench(folder, model, options.smoke)
         starts(bench, 1 if options.smoke else options.repeats)
         programs = mixed(bench)
-        plot(bench, options.output.with_suffix(".png"))
+        picture(options.output, draw, bench)
     beyond = bench.median("import jax, collab_jax") - bench.median("import jax")
     bars = [
         ("import collab_jax, beyond jax, s", beyond, BEYOND),

@@ -44,6 +44,7 @@ from typing import Any
 import jax
 from decoding import alone, limits, ours, peers, report
 from measuring.atomic import write_json
+from measuring.picture import picture
 from measuring.process import circumstances
 
 from collab_jax import native
@@ -282,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.show(found)
     alone.show(found["alone"])
     if not chosen.smoke:
-        report.plot(found, output.with_suffix(".png"))
+        picture(output, report.draw, found)
     jax.clear_caches()
     return 0
 

@@ -45,7 +45,8 @@ import numpy as np
 from bench_speculative import Run, Way, compare, table, timed
 from joining import bridging, stacking
 from joining.laws import as_target, equal_rows, same_with_drafts
-from joining.report import Report, Verdict, conclude, folder_of, opened, parser, picture
+from joining.report import Report, Verdict, conclude, folder_of, opened, parser
+from measuring.picture import picture
 from speculating.peer import torch_greedy
 from speculating.strategies import cut, noisy
 from speculating.subject import NAME, Subject, real, toy
@@ -325,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     found["table"] = table(found)
     show(found["table"])
     conclude(report, verdicts(found))
-    picture(report.path.with_suffix(".png"), draw(found))
+    picture(report.path, draw(found))
     apart = any(line["apart"] > line["ties"] for line in found["table"])
     return int(
         apart or any(equal_rows(x) < x["rows"] for x in found["target"].values())

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import atomic, models, process, report
+from measuring.picture import picture
 
 RESULTS = Path(__file__).parent / "results" / "bench_merge.json"
 PACKAGES = "collab-jax", "jax", "jaxlib", "numpy", "mergekit", "torch", "transformers"
@@ -357,7 +358,8 @@ def main(arguments: list[str] | None = None) -> int:
     found["bars"] = bars(found, found["largest"])
     bench.save()
     report.show(found)
-    report.plot(found, output.with_suffix(".png"))
+    if any(x["what"].startswith("times faster") for x in found["bars"]):
+        picture(output, report.draw, found)
     return int(bool(found["failed"]) or any(x["held"] is False for x in found["bars"]))
 
 

@@ -55,9 +55,9 @@ from joining.report import (
     folder_of,
     opened,
     parser,
-    picture,
     show,
 )
+from measuring.picture import picture
 from speculating.subject import texts
 
 from collab_jax import decode, uncertainty
@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = "answers that follow the context", "rows", "share", "of known", "log odds"
     show([*head, "greedy", "other", "neither"], [*map(cells, found["table"])], 58)
     conclude(report, verdicts(by_subject(every, found), found["target"]))
-    picture(report.path.with_suffix(".png"), draw(found["table"]))
+    picture(report.path, draw(found["table"]))
     return int(equal_rows(found["target"]) < found["target"]["rows"])
 
 

@@ -51,10 +51,10 @@ from joining.report import (
     folder_of,
     opened,
     parser,
-    picture,
     show,
 )
 from joining.small import Healing, Small, healed
+from measuring.picture import picture
 from speculating.same import packed, unpacked
 from speculating.subject import texts
 
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if {"greedy", "sampled"} <= {line["way"] for line in found["table"]}:
         conclude(report, verdicts(every_text, found["target"]))
-    picture(report.path.with_suffix(".png"), draw(found["table"]))
+    picture(report.path, draw(found["table"]))
     report.save()
     return int(any(equal_rows(x) < x["rows"] for x in found["target"].values()))
 

@@ -55,10 +55,10 @@ from joining.report import (
     folder_of,
     opened,
     parser,
-    picture,
     show,
 )
 from joining.vocabularies import Built, Pair, build, lifted, packed, ways
+from measuring.picture import picture
 
 from collab_jax import decode, score, translate, uncertainty
 from collab_jax.commands.progress import progress
@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = ", ".join(f"{name} {s:g}" for name, s in found["built"].items())
     print(f"seconds to build: {seconds}; {found['shared']} common tokens\n")
     conclude(report, verdicts(seen, names, found))
-    picture(report.path.with_suffix(".png"), draw(found["table"]))
+    picture(report.path, draw(found["table"]))
     return int(any(equal_rows(x) < x["rows"] for x in found["target"].values()))
 
 

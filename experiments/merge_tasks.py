@@ -41,10 +41,11 @@ from typing import Any, NamedTuple
 
 import jax
 from measuring.atomic import write_json
+from measuring.picture import picture
 from merging.data import Task, folder_of, tasks, union
 from merging.experts import Expert, Tensors, digest, train
 from merging.methods import methods
-from merging.report import plot, shares, show, summary
+from merging.report import draw, shares, show, summary
 from merging.setup import Setup, real, toy
 
 from collab_jax import finetune
@@ -352,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     show(report)
-    if not plot(report, output.with_suffix(".png")):
+    if not picture(output, draw, report):
         print("no picture: matplotlib is not installed (the extra `plot`)")
     return 0
 

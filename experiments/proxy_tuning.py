@@ -51,10 +51,10 @@ from joining.report import (
     folder_of,
     opened,
     parser,
-    picture,
     show,
 )
 from joining.small import LENGTH, Healing, Small, healed, notes, tuned, unseen
+from measuring.picture import picture
 from merging.data import tasks
 from merging.experts import Recipe
 
@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
         46,
     )
     conclude(report, verdicts(found["table"], found))
-    picture(report.path.with_suffix(".png"), draw(found["table"]))
+    picture(report.path, draw(found["table"]))
     return int(any(equal_rows(x) < x["rows"] for x in found["target"].values()))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from measuring.picture import picture
 from speculating import same
 from speculating.subject import Subject, real, texts, toy
 
@@ -185,15 +186,8 @@ def show(lines: Sequence[dict[str, Any]], groups: Sequence[str]) -> None:
         )
 
 
-def plot(lines: Sequence[dict[str, Any]], groups: Sequence[str], path: Path) -> None:
-    """Bars by group, and acceptance by position; not without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(pyplot: Any, lines: Sequence[dict[str, Any]], groups: Sequence[str]) -> Any:
+    """Bars by group, and acceptance by position."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     width = 0.8 / max(len(lines), 1)
     for n, line in enumerate(lines):
@@ -209,9 +203,7 @@ def plot(lines: Sequence[dict[str, Any]], groups: Sequence[str], path: Path) -> 
     right.set_xlabel("position in the draft")
     right.set_ylabel("accepted, if all before it are")
     right.set_ylim(0, 1)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     found["table"] = table(found, groups)
     save()
     show(found["table"], groups)
-    plot(found["table"], groups, output.with_suffix(".png"))
+    picture(output, draw, found["table"], groups)
     return int(any(not x["tie"] for line in found["table"] for x in line["apart"]))
 
 

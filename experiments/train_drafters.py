@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from measuring.picture import picture
 from speculating.strategies import cut
 from speculating.subject import Subject
 from speculating.training import (
@@ -151,15 +152,8 @@ def show(found: dict[str, Any]) -> None:
         )
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Tokens a call before and after, not without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(pyplot: Any, found: dict[str, Any]) -> Any:
+    """Tokens a call before and after."""
     names = list(found["drafters"])
     figure, axis = pyplot.subplots(figsize=(7, 3.5))
     for n, kind in enumerate(("untrained", "trained")):
@@ -171,9 +165,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("tokens per call of the model")
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             found["drafters"][name] = both
             write_json(output, found)
     show(found)
-    plot(found, output.with_suffix(".png"))
+    picture(output, draw, found)
     reports = [x for both in found["drafters"].values() for x in both.values()]
     return int(any(not gap["tie"] for x in reports for gap in x["apart"]))
 

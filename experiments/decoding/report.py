@@ -49,15 +49,8 @@ def show(found: dict[str, Any]) -> None:
         print(f"{x['what']:44}{x['value']:6.2f}  bar {x['bar']}: {held}")
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Draws tokens a second by batch, and the cost of wide calls; needs matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(pyplot: Any, found: dict[str, Any]) -> Any:
+    """Draws tokens a second by batch, and the cost of wide calls."""
     batches = sorted({x["batch"] for x in found["table"]})
     figure, axes = pyplot.subplots(
         1, len(batches) + 1, figsize=(4 * len(batches) + 4, 4)
@@ -81,6 +74,4 @@ def plot(found: dict[str, Any], path: Path) -> None:
     last.set_title("a call of T tokens, ms")
     last.set_xscale("log", base=2)
     last.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

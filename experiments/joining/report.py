@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,23 +126,3 @@ def conclude(report: Report, verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         print(f"{'held' if verdict.held else 'NOT HELD'}: {verdict.expected}")
         print(f"    seen: {verdict.seen}")
-
-
-def picture(path: Path, draw: Callable[[Any], Any]) -> None:
-    """Saves what is drawn; not without matplotlib.
-
-    Args:
-      path: of the picture.
-      draw: from pyplot to a figure.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = draw(pyplot)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)

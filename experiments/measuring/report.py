@@ -1,7 +1,7 @@
 """The tables and the plot of a benchmark of merges."""
 
 import statistics
-from pathlib import Path
+from typing import Any
 
 
 def show(found: dict) -> None:
@@ -30,18 +30,9 @@ def show(found: dict) -> None:
         print(f"{where}: {x['equal']:.2%} equal to the peer's numbers, {far}{unlike}")
 
 
-def plot(found: dict, path: Path) -> None:
-    """Draws how many times faster than the peer ours is; not without matplotlib."""
+def draw(pyplot: Any, found: dict) -> Any:
+    """Draws how many times faster than the peer ours is."""
     rows = [x for x in found["bars"] if x["what"].startswith("times faster")]
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    if not rows:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(x["set"] for x in rows))
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(5.5 * len(names), 4.5), sharex=True, squeeze=False
@@ -60,6 +51,4 @@ def plot(found: dict, path: Path) -> None:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{name}: times faster than mergekit")
         axis.set_xlabel("dark: programs kept, light: first run, red: the bar")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

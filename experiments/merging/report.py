@@ -1,7 +1,6 @@
 """What was measured, as a summary, a table and a plot."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -122,22 +121,10 @@ def show(report: dict[str, Any]) -> None:
         print(f"not measured: {', '.join(report['missing'])}")
 
 
-def plot(report: dict[str, Any], path: Path) -> bool:
-    """Draws the methods by their share of the gain; False without matplotlib.
-
-    Args:
-      report: what was measured.
-      path: of the picture.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
+def draw(pyplot: Any, report: dict[str, Any]) -> Any:
+    """Draws the methods by their share of the gain."""
     found = report["methods"][::-1]
-    figure = Figure(figsize=(8, 0.28 * len(found) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(found) + 1.2))
     reference = {*REFERENCES, PLAIN}
     for place, each in enumerate(found):
         name = each["method"]
@@ -154,5 +141,4 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     axes.set_yticks(range(len(found)), [each["method"] for each in found], fontsize=8)
     axes.set_xlabel("share of the experts' gain that is kept, mean of the tasks")
     axes.set_title(f"{report['model']}: {', '.join(report['tasks'])}", fontsize=10)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    return True
+    return figure
