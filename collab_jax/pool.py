@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax.law import log_probs
+from collab_jax.law import best, log_probs
 
 Pool = Callable[[Sequence[jax.Array]], jax.Array]
 
@@ -200,8 +200,8 @@ def vote(*weights) -> Pool:
     count = mixture(*weights)
 
     def ballot(member):
-        best = jnp.argmax(member, axis=-1)[..., None] == jnp.arange(member.shape[-1])
+        first = best(member)[..., None] == jnp.arange(member.shape[-1])
         blank = jnp.isnan(member).any(-1, keepdims=True)
-        return jnp.where(blank, jnp.nan, jnp.where(best, 0.0, -jnp.inf))
+        return jnp.where(blank, jnp.nan, jnp.where(first, 0.0, -jnp.inf))
 
     return lambda members: count([ballot(member) for member in members])

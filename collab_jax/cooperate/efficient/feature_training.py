@@ -95,7 +95,7 @@ def extrapolation_loss(
     def nats(guesses, hidden, weights):  # [K]
         logits = backbone.unembed(base, hidden)
         if layer.vocabulary is not None:
-            _, drafted = layer.vocabulary.place(jnp.argmax(logits, axis=-1))
+            _, drafted = layer.vocabulary.place(law.best(logits))
             weights = jnp.where(drafted[..., None], weights, 0.0)
             logits = logits[..., jnp.asarray(layer.vocabulary.tokens)]
         p = jnp.exp(law.log_probs(logits))[:, :, None]

@@ -28,7 +28,7 @@ from collab_jax.cooperate.transfer.span_search import (
     span_search,
 )
 from collab_jax.decoder import Decoder
-from collab_jax.law import log_probs
+from collab_jax.law import best, log_probs
 from collab_jax.lm import LM, Params, State
 
 
@@ -84,8 +84,8 @@ def diverging(ratio, farthest: bool = False) -> Growth:
         taking_part = jnp.take_along_axis(likely(logits[:, 0]), first, axis=1)
         # a law of NaN or without any token shows itself through the first lane
         taking_part |= jnp.arange(lanes) == 0
-        best = jnp.argmax(logits, axis=-1)
-        token = jnp.where(i == 0, first, best).astype(jnp.int32)
+        likeliest = best(logits)
+        token = jnp.where(i == 0, first, likeliest).astype(jnp.int32)
         return token, taking_part | (i > 0)
 
     return Growth(halt, choose)

@@ -16,7 +16,7 @@ import numpy as np
 from collab_jax import slots
 from collab_jax.combine import product
 from collab_jax.cooperate.efficient.cascade import check_share
-from collab_jax.law import log_probs
+from collab_jax.law import best, log_probs
 from collab_jax.lm import LM, Out, Params, State
 
 
@@ -97,7 +97,7 @@ def nudging_by_words(base: LM, small: LM, starts: np.ndarray, gamma) -> LM:
                 f"{large.shape[2]} tokens: one truth value a token is expected"
             )
         unsure = jnp.exp(large.max(-1)) < gamma  # a NaN stays the base's
-        goes_on = ~begins[jnp.argmax(little, axis=-1)]
+        goes_on = ~begins[best(little)]
         rows = jnp.arange(len(parents))
         before = (state.length > 0) & state.small[rows, state.length - 1]
 

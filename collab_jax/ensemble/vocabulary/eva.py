@@ -13,7 +13,7 @@ from collab_jax.combine import product
 from collab_jax.ensemble.vocabulary.alignment import Alignment
 from collab_jax.ensemble.vocabulary.lift import Lift
 from collab_jax.ensemble.vocabulary.union import check_bridges
-from collab_jax.law import log_probs
+from collab_jax.law import best, log_probs
 from collab_jax.lm import LM
 from collab_jax.pool import Pool, mixture
 from collab_jax.translate import Bridge, spelled
@@ -140,12 +140,12 @@ def added(
 def _agreeing(laws: jax.Array, weights: jax.Array, agree: int) -> jax.Array:
     """The weights without members whose best token no other member has in mind."""
     count = laws.shape[0]
-    best = laws.argmax(-1)[..., None]  # [N, ..., 1]
+    first = best(laws)[..., None]  # [N, ..., 1]
     heard = jnp.zeros(weights.shape, bool)
     for n in range(count):
         for m in range(count):
             if m != n:
-                there = jnp.take_along_axis(laws[m], best[n], axis=-1)
+                there = jnp.take_along_axis(laws[m], first[n], axis=-1)
                 rank = (laws[m] > there).sum(-1, keepdims=True)
                 heard = heard.at[n].set(heard[n] | (there > 0) & (rank < agree))
     heard |= jnp.isnan(laws).any(-1, keepdims=True)  # stays visible

@@ -19,7 +19,7 @@ import optax
 
 from collab_jax.combine import product
 from collab_jax.ensemble.vocabulary.union import check_bridges
-from collab_jax.law import log_probs
+from collab_jax.law import best, log_probs
 from collab_jax.lm import LM
 from collab_jax.pool import Pool, mixture
 from collab_jax.translate import Bridge, spelled
@@ -274,7 +274,7 @@ def deepen(
             result = _optimised(optimizer, steps, first, wanted, spaces[0], block)
         if end is None:
             return result
-        over = jnp.argmax(first, axis=-1, keepdims=True) == end
+        over = best(first)[..., None] == end
         return jnp.where(over, first, result)
 
     return pool
