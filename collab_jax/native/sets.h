@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -44,7 +45,7 @@ struct Head {
 };
 
 constexpr int64_t LARGEST = 512;  // size of a head
-constexpr int TOGETHER = 4;       // queries that read a head together
+constexpr int TOGETHER = 16;      // queries that read a head together
 constexpr int SLOTS = 64;         // slots whose keys and values stay in the near cache
 
 // A head, how many queries, and of each: itself, which slots it may read, its result.
