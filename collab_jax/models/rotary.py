@@ -151,7 +151,19 @@ def angles(
     """
     turns, scale = frequencies(rotary, size)
     radians = positions[..., None].astype(jnp.float32) * turns
-    return jnp.cos(radians) * scale, jnp.sin(radians) * scale
+
+    def fused(radians):
+        return jnp.cos(radians) * scale, jnp.sin(radians) * scale
+
+    def in_a_loop(radians):
+        # which XLA does not merge with what they turn; merged, they are computed again
+        # for every head of every layer
+        found = jax.lax.map(
+            lambda own: jnp.where(own, *fused(radians)), jnp.array([True, False])
+        )
+        return found[0], found[1]
+
+    return jax.lax.platform_dependent(radians, cpu=in_a_loop, default=fused)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
