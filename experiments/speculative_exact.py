@@ -13,13 +13,16 @@ not.
 Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
 `cross` (the last 128 tokens of one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
-Hardware: two CPU cores, 12 GiB, hours; `--toy`, a random Llama: 16 minutes (`--smoke`:
-a few cases of it).
-Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts the first
-ten proposers were run, in batches of 8: all 600 texts equal; tokens a call, with
-drafts of four: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65,
-recycling 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model 1.61
-(stopping where it is not sure 1.60, tree 1.74). Seconds hold pauses and other work.
+Hardware: two CPU cores, 14 GiB; `proposers` and `cross` take about an hour each, the
+other parts are estimated at three; `--toy`, a random Llama: 16 minutes (`--smoke`: a
+few cases of it).
+Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts `proposers` and
+`cross` were run: all 1,020 and all 912 texts equal; tokens a call, with drafts of four
+in batches of 8: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65,
+recycling 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as
+an early exit 1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77),
+heads and feature layers, which are untrained here, 1.00 to 1.09. Seconds hold pauses
+and other work.
 """
 
 import argparse
