@@ -158,7 +158,7 @@ def trained():
     data = pack([sentences(0, 600)], 31)
     run = {"batch_size": 10, "progress": False}
     tuner = finetuner(BACKBONE, optax.adam(2e-2))
-    base, _ = fit(tuner, BASE, data, epochs=25, **run)
+    base, _ = fit(tuner, BASE, data, epochs=50, **run)
     before = jax.tree.map(np.array, base)
     params = HEADS.init(jax.random.key(1), base)
     tuner = pt.heads_tuner(BACKBONE, HEADS, optax.adam(3e-2))

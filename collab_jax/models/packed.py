@@ -10,8 +10,8 @@ again, and merging and training refuse what is packed.
   its end, in eight places at once, which the memory answers faster than one, and keep
   their sums in registers. What is asked for ahead is what the same thread reads next.
 - XLA on a CPU takes another way from two rows on, at 1.4 times the time of one; with
-  panels the bytes decide up to about eight rows of float32, so that verifying a draft
-  costs little more than a token. For int8 it is fewer rows (two Zen 3 cores).
+  panels the bytes decide up to eight rows of float32 or more, so that verifying a draft
+  costs little more than a token. For int8 it is fewer rows (two Zen cores).
 - bfloat16 and int8 are widened in the registers, and sums are float32: only the weights
   are rounded. Rounding activations too, as products of int8 want it, changes texts.
 - On other devices than a CPU, and without the library, the plain form computes: a

@@ -87,7 +87,7 @@ TARGET_END
 TARGET_BEGIN("avx512f,avx2,fma")
 namespace avx512 {
 #define LANES 16
-#define FEW 8
+#define FEW 14
 #define WIDEN(p) _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)(p)))
 #include "panel.inc"
 #include "heads.inc"
