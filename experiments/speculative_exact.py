@@ -13,9 +13,9 @@ not.
 Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches of 1) and
 `cross` (the last 128 tokens of one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
-Hardware: two CPU cores, 14 GiB; `proposers` and `cross` take about an hour each, the
-other parts are estimated at three; `--toy`, a random Llama: 16 minutes (`--smoke`: a
-few cases of it).
+Hardware: two CPU cores, 14 GiB; `cross` took 38 minutes as two processes, `proposers`
+is estimated at an hour, the other parts at three; `--toy`, a random Llama: 16 minutes
+(`--smoke`: a few cases of it).
 Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts `proposers` and
 `cross` were run: all 1,020 and all 912 texts equal; tokens a call, with drafts of four
 in batches of 8: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65,

@@ -99,9 +99,7 @@ def drafters(
     if "heads" in chosen.kinds:
         heads = medusa(backbone, HEADS, output=narrowed(few))
         start = heads.init(jax.random.key(0), base)
-        tuner = heads_tuner(
-            backbone, heads, optimizer(chosen.rate, data, chosen.epochs)
-        )
+        tuner = heads_tuner(backbone, heads, usual)
         trained = trains("heads", tuner, start, *setting)
         sample = Batch(*(leaf[:16] for leaf in data))
 
