@@ -36,18 +36,18 @@ those of the whole process.
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bench_speculative import Run, Way, compare, table, timed
+from bench_speculative import Run, Way, compare, timed
 from joining import bridging, stacking
 from joining.laws import as_target, equal_rows, same_with_drafts
 from joining.report import Report, Verdict, conclude, folder_of, opened, parser
 from measuring.picture import picture
-from speculating.peer import torch_greedy
+from speculating.peer import torch_greedy, torched
+from speculating.ratios import table
 from speculating.strategies import cut, noisy
 from speculating.subject import NAME, Subject, real, toy
 
@@ -127,13 +127,9 @@ def peers(subject: Subject, every: dict[str, Composite]) -> dict[str, Run]:
     whole, pools = load.load(NAME), arithmetic()
     known: dict[int, Any] = {}  # a model is there once, whatever it takes part in
 
-    def torched(params, config):
+    def once(params, config):
         if id(params) not in known:
-            with tempfile.TemporaryDirectory() as folder:
-                load.save(whole._replace(params=params, config=config), folder)
-                known[id(params)] = transformers.AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32
-                )
+            known[id(params)] = torched(whole._replace(params=params, config=config))
         return known[id(params)]
 
     class Others(transformers.LogitsProcessor):
@@ -162,7 +158,7 @@ def peers(subject: Subject, every: dict[str, Composite]) -> dict[str, Run]:
         several = len(composite.configs) > 1
         params = composite.params if several else (composite.params,)
         parts = zip(params, composite.configs, strict=True)
-        first, *others = [torched(*part) for part in parts]
+        first, *others = [once(*part) for part in parts]
 
         def options():
             if not others:

@@ -4,9 +4,9 @@ Claim: on the same model, prompts and drafts, in float32, ours is at least 1.5x 
 than transformers' assisted generation (prompt lookup, and a draft model); a batch of 8
 runs, which transformers refuses; the time of a round does not follow the capacity of
 the cache; and prompts of one width share a program.
-Command: python experiments/bench_speculative.py [--smoke] [--data DIR] [--rows N]
-[--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh] [--plain]; a run
-that was stopped is taken up again. Needs the extra `parity`; without torch ours is
+Command: python experiments/bench_speculative.py [--smoke] [--model NAME] [--data DIR]
+[--rows N] [--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh]
+[--plain]; a run that was stopped is taken up again. Needs the extra `parity`; without torch ours is
 measured alone. Matrices are packed (`collab_jax.models.packed`), with `--plain` not.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 6 GiB; 20 minutes with `--rows 1 --repeats 1` (`--smoke`:
@@ -22,7 +22,8 @@ The draft model is the first E layers of the model itself, with its norm and hea
 comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
 whichever holds the draft; transformers reads what it drafted. Seconds are those of the
 whole call, with the prompt read; programs are compiled before. A ratio is that of the
-sums.
+sums; "decoding" is the one without what a first token takes, which is the prompt. Of a
+base model prompts are what they are, without a chat template.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -38,16 +38,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from measuring.atomic import write_json
 from speculating import same
-from speculating.peer import torch_greedy
+from speculating.peer import torch_greedy, torched
+from speculating.ratios import FIRST, PLAIN, by_group, show, table
 from speculating.strategies import DRAFTED, cut
 from speculating.subject import NAME, Subject, real, texts, toy
 
 from collab_jax import decode
 from collab_jax.commands.progress import progress
-from collab_jax.cooperate.efficient import adaptive, exact, ngram
+from collab_jax.cooperate.efficient import adaptive, exact, ngram, suffix
 from collab_jax.cooperate.efficient.draft_model import draft_lm
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
@@ -61,7 +61,10 @@ WIDTHS = 1, 4  # tokens of a round, beside the widest
 CAPACITIES = 512, 8192  # tokens
 ROUNDS = 32
 
-Run = Callable[[Sequence[Sequence[int]]], tuple[list[list[int]], float]]
+# what a way says of prompts: new tokens, seconds, calls of the target where counted
+Run = Callable[
+    [Sequence[Sequence[int]]], tuple[list[list[int]], float, list[int] | None]
+]
 
 
 class Way(NamedTuple):
@@ -72,7 +75,7 @@ class Way(NamedTuple):
 
 
 def timed(program: Callable, params: Any, subject: Subject) -> Run:
-    """Our program as a function of prompts; texts, and seconds of the call."""
+    """Our program as a function of prompts; see `Run`."""
 
     def run(prompts):
         longest = max(map(len, prompts))
@@ -82,7 +85,9 @@ def timed(program: Callable, params: Any, subject: Subject) -> Run:
         result = program(None, params, prompt, length, jax.random.key(0))
         jax.block_until_ready(result.tokens)
         seconds = time.perf_counter() - begin
-        return texts(result, len(prompts)), seconds
+        calls = getattr(result.info, "calls", None)
+        calls = calls if calls is None else calls[: len(prompts)].tolist()
+        return texts(result, len(prompts)), seconds, calls
 
     return run
 
@@ -107,9 +112,11 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
 
     size = subject.length
     decoders = {
-        "greedy": (decode.greedy(model, subject.new, **ends), params),
+        FIRST: (decode.greedy(model, 1, **ends), params),
+        PLAIN: (decode.greedy(model, subject.new, **ends), params),
         "prompt lookup": (with_draft(ngram.prompt_lookup(size)), (params, ())),
         "adaptive n-gram": (with_draft(adaptive.adaptive(size)), (params, ())),
+        "suffix": (with_draft(suffix.suffix(size)), (params, ())),
         "draft model": (with_draft(draft), (params, small)),
     }
     programs = {
@@ -117,8 +124,9 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
         for name, (decoder, _) in decoders.items()
     }
     theirs = peer(subject, config, small) if peers else {}
-    # adaptive n-grams have no counterpart: they meet the peer's prompt lookup
-    theirs["adaptive n-gram"] = theirs.get("prompt lookup")
+    # these have no counterpart: they meet the peer's prompt lookup
+    for name in ("adaptive n-gram", "suffix"):
+        theirs[name] = theirs.get("prompt lookup")
     found = {}
     for name, (_, own) in decoders.items():
         ours = timed(programs[name], own, subject)
@@ -128,26 +136,16 @@ def ways(subject: Subject, layers: int, peers: bool) -> tuple[dict[str, Way], di
 
 def peer(subject: Subject, config: Any, small: Any) -> dict[str, Run]:
     """transformers on the same parameters."""
-    import torch
-    import transformers
-
-    whole = load.load(NAME)
-
-    def torched(model):
-        with tempfile.TemporaryDirectory() as folder:
-            load.save(model, folder)
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32
-            )
-
+    whole = load.load(subject.name)
     big = torched(whole)
     assistant = torched(whole._replace(params=small, config=config))
     assistant.generation_config.num_assistant_tokens = DRAFTED
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
 
-    ways = {
-        "greedy": {},
+    ways: dict[str, dict[str, Any]] = {
+        FIRST: {"max_new_tokens": 1},
+        PLAIN: {},
         "prompt lookup": {"prompt_lookup_num_tokens": subject.length},
         "draft model": {"assistant_model": assistant},
     }
@@ -198,9 +196,10 @@ def compare(
                     line |= {"group": group, "row": number}
                     new = {}
                     for kind in kinds:
-                        (text,), seconds = getattr(way, kind)([prompt])
+                        (text,), seconds, calls = getattr(way, kind)([prompt])
                         new[kind] = text
                         line[kind] = {"seconds": seconds, "tokens": len(text)}
+                        line[kind] |= {} if calls is None else {"calls": calls[0]}
                     if len(new) == 2:
                         line["apart"] = same.differences(
                             [number], [prompt], [new["ours"]], [new["peer"]], margin
@@ -220,22 +219,23 @@ def in_a_batch(
     prompts = [p for group in subject.prompts.values() for p in group]
     prompts = (prompts * 8)[:8]
     for name, way in every.items():
-        if name in lines:
+        if name in lines or name == FIRST:
             continue
         widths = {min(w for w in subject.widths if w >= len(p)): p for p in prompts}
         for some in (prompts, *([prompt] for prompt in widths.values())):
             way.ours(some)  # compiled before
-        together, seconds = way.ours(prompts)
+        together, seconds, _ = way.ours(prompts)
         alone = [way.ours([prompt]) for prompt in prompts]
         line = {
             "tokens": sum(map(len, together)),
             "seconds": seconds,
-            "one by one": sum(own for _, own in alone),
+            "one by one": sum(own for _, own, _ in alone),
             "equal rows": sum(
-                one == other[0] for one, (other, _) in zip(together, alone, strict=True)
+                one == other[0]
+                for one, (other, *_) in zip(together, alone, strict=True)
             ),
         }
-        if way.peer is not None and name != "greedy":
+        if way.peer is not None and name != PLAIN:
             try:
                 way.peer([prompts[0]] * 2)
                 line["peer"] = "ran"
@@ -276,51 +276,6 @@ def rounds(subject: Subject, repeats: int) -> list[dict[str, Any]]:
     return lines
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One line for each way: tokens a second, and ratios of the sums."""
-    lines, plain = [], None
-    for name in dict.fromkeys(line["way"] for line in found["runs"]):
-        runs = [line for line in found["runs"] if line["way"] == name]
-        sums = {
-            kind: sum(run[kind]["seconds"] for run in runs if kind in run)
-            for kind in ("ours", "peer")
-        }
-        tokens = sum(run["ours"]["tokens"] for run in runs)
-        plain = sums["ours"] / tokens if plain is None else plain
-        line = {"way": name, "ours": tokens / sums["ours"]}
-        line["over plain"] = plain * tokens / sums["ours"]
-        if sums["peer"]:
-            theirs = sum(run["peer"]["tokens"] for run in runs)
-            line["peer"] = theirs / sums["peer"]
-            line["over peer"] = line["ours"] / line["peer"]
-        apart = [gap for run in runs for gap in run.get("apart", [])]
-        line |= {"apart": len(apart), "ties": sum(gap["tie"] for gap in apart)}
-        lines.append(line)
-    return lines
-
-
-def show(found: dict[str, Any]) -> None:
-    """The tables."""
-    print(f"\n{'tokens a second':20}{'ours':>9}{'x plain':>9}{'peer':>9}{'x peer':>9}")
-    for line in found["table"]:
-        numbers = [line.get(k) for k in ("ours", "over plain", "peer", "over peer")]
-        cells = "".join(f"{'-' if n is None else f'{n:.2f}':>9}" for n in numbers)
-        texts_ = f"   {line['apart']} texts apart, {line['ties']} by a tie"
-        print(f"{line['way']:20}{cells}{texts_}")
-    print("\na batch of 8")
-    for name, line in found["batch"].items():
-        ratio = line["one by one"] / line["seconds"]
-        print(
-            f"{name:20}{line['tokens'] / line['seconds']:9.2f} tokens a second, "
-            f"{ratio:.2f}x of one by one, {line['equal rows']} of 8 rows equal; "
-            f"peer: {line.get('peer', '-')[:60]}"
-        )
-    for capacity in CAPACITIES:
-        own = [x["seconds"] for x in found["rounds"] if x["capacity"] == capacity]
-        print(f"a round at {capacity:5} slots: {1e3 * np.median(own):.2f} ms")
-    print(f"programs for each width: {found['programs']}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where the texts are the peer's, up to ties."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -329,16 +284,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--rows", type=int, default=1, help="prompts of a group")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=25, help="of the draft model")
+    parser.add_argument("--model", default=NAME, help="what `load` takes")
+    parser.add_argument(
+        "--layers", type=int, help="of the draft model; five of six unless given"
+    )
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="by first words")
     parser.add_argument("--fresh", action="store_true", help="forget what FILE holds")
     parser.add_argument("--plain", action="store_true", help="no packed matrices")
     chosen = parser.parse_args(arguments)
-    output = chosen.output or (Path("smoke.json") if chosen.smoke else RESULTS)
+    own = "" if chosen.model == NAME else f"_{chosen.model.rpartition('/')[2]}"
+    written = RESULTS.with_stem(RESULTS.stem + own)
+    output = chosen.output or (Path("smoke.json") if chosen.smoke else written)
     held = None if chosen.plain or chosen.smoke else "packed"
-    subject = toy() if chosen.smoke else real(chosen.data, chosen.rows, matrices=held)
     if chosen.smoke:
-        chosen.layers, chosen.repeats = 1, 1
+        subject, chosen.repeats = toy(), 1
+    else:
+        subject = real(chosen.data, chosen.rows, matrices=held, name=chosen.model)
+    if chosen.layers is None:
+        chosen.layers = subject.config.layers * 5 // 6
     if not 0 < chosen.layers <= subject.config.layers:
         parser.error(f"--layers {chosen.layers}: 1 to {subject.config.layers} expected")
     peers = not chosen.smoke and importlib.util.find_spec("torch") is not None
@@ -355,6 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         "packages": {name: version(name) for name in present},
         "setting": {"new": subject.new, "length": subject.length, "smoke": chosen.smoke}
         | {"draft model": [chosen.layers, DRAFTED], "data": bool(chosen.data)}
+        | {"model": subject.name}
         | ({"matrices": held} if held else {}),
         "runs": [],
         "batch": {},
@@ -379,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     in_a_batch(subject, every, found["batch"], save)
     found["rounds"] = rounds(subject, 3)
-    found["table"] = table(found)
+    found["table"], found["groups"] = table(found), by_group(found)
     write_json(output, found)
     show(found)
     return int(any(line["apart"] > line["ties"] for line in found["table"]))

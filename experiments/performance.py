@@ -27,6 +27,7 @@ README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 HEAD = "what", "ours", "the peer", "ratio", "runs"
+MODELS = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M"}
 Found = dict[str, Any]
 
 
@@ -90,14 +91,26 @@ def decoding(found: Found) -> Iterator[Line]:
 
 
 def name_of(found: Found) -> str:
-    """The model of a file of bench_decode.py."""
+    """The model of a file."""
     name = found["setting"].get("model", "SmolLM2-135M")
-    return f"a random Llama of {name.upper()}" if name in ("1b", "8b") else name
+    random = name in ("1b", "8b")
+    return f"a random Llama of {name.upper()}" if random else MODELS.get(name, name)
 
 
 def speculation(found: Found) -> Iterator[Line]:
     """Tokens a second with drafts, ours against assisted generation."""
-    yield from _against(found, "SmolLM2-135M with drafts")
+    name = name_of(found)
+    yield from _against(found, f"{name} with drafts")
+    for line in found.get("table", []):
+        if "over plain, decoding" in line and line["way"] != "greedy":
+            yield Line(
+                f"{name} with drafts: {line['way']}, over our own plain decoding, "
+                "prompts not counted",
+                f"{line['tokens a call']:.2f} tokens a call",
+                "",
+                f"{line['over plain, decoding']:.2f}",
+                _repeats(found, line),
+            )
 
 
 def distributions(found: Found) -> Iterator[Line]:
@@ -116,15 +129,20 @@ def distributions(found: Found) -> Iterator[Line]:
 
 def _against(found: Found, subject: str) -> Iterator[Line]:
     for x in found.get("table", []):
-        repeats = {run["repeat"] for run in found["runs"] if run["way"] == x["way"]}
         if x.get("peer"):
             yield Line(
                 f"{subject}: {x['way']}, new tokens a second",
                 f"{x['ours']:.1f}",
                 f"transformers: {x['peer']:.1f}",
                 f"{x['over peer']:.2f}",
-                str(len(repeats)),
+                _repeats(found, x),
             )
+
+
+def _repeats(found: Found, line: dict[str, Any]) -> str:
+    """How often a way ran."""
+    runs = (run for run in found["runs"] if run["way"] == line["way"])
+    return str(len({run["repeat"] for run in runs}))
 
 
 def merging(found: Found) -> Iterator[Line]:

@@ -17,6 +17,7 @@ Expected: not run whole yet.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ import numpy as np
 from measuring.atomic import write_json
 from measuring.picture import picture
 from speculating import same
+from speculating.peer import torch_greedy, torched
 from speculating.subject import Subject, real, texts, toy
 
 from collab_jax import decode
@@ -46,16 +48,18 @@ from collab_jax.cooperate.efficient import (
 from collab_jax.cooperate.efficient.draft import Proposer
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
+from collab_jax.io.load import load
 
 RESULTS = Path(__file__).parent / "results" / "speculative_speed.json"
 ROWS = 8  # of a batch
+PEER = "prompt lookup of transformers itself"
 
 
 def proposers(subject: Subject) -> dict[str, Callable[[], Proposer]]:
     """What drafts, by name: chains of at most K tokens, trees of a few times that."""
     size, vocab = subject.length, subject.vocab
     return {
-        "prompt lookup (transformers)": lambda: ngram.prompt_lookup(size),
+        "prompt lookup": lambda: ngram.prompt_lookup(size),
         "n-gram, longest and latest": lambda: ngram.ngram(size),
         "adaptive n-gram (ANPD)": lambda: adaptive.adaptive(size),
         "suffix": lambda: suffix.suffix(size),
@@ -111,6 +115,30 @@ def measure(
                 advance()
 
 
+def ask_peer(subject: Subject, found: dict, save: Callable) -> None:
+    """Prompt lookup of transformers, one prompt at a time."""
+    options = {"prompt_lookup_num_tokens": subject.length}
+    generate = torch_greedy(torched(load(subject.name)), subject, lambda: options)
+    margin = same.margins(subject.lm, subject.params)
+    own, work = found["drafted"].setdefault(PEER, {}), subject.batches(ROWS)
+    with progress("batches", len(work)) as advance:
+        for rows in work:
+            key = same.name_of(rows)
+            if key not in own:
+                prompts = subject.of(rows)
+                every = [generate([prompt]) for prompt in prompts]
+                new = [text for (text,), _, _ in every]
+                expected = same.unpacked(found["plain"][key])
+                own[key] = {
+                    "rows": rows,
+                    "tokens": [len(text) for text in new],
+                    "calls": [calls for _, _, (calls,) in every],
+                    "apart": same.differences(rows, prompts, new, expected, margin),
+                }
+                save()
+            advance()
+
+
 def batch_report(subject, margin, result, rows, expected) -> dict[str, Any]:
     """What a batch took, and where its text is not the plain one."""
     count = len(rows)
@@ -150,39 +178,39 @@ def table(found: dict, groups: Sequence[str]) -> list[dict[str, Any]]:
             tokens, calls = map(sum, zip(*chosen, strict=True)) if chosen else (0, 0)
             return tokens / max(calls, 1)
 
-        tried = np.sum([r["tried"] for r in reports], axis=0)
-        taken = np.sum([r["taken"] for r in reports], axis=0)
-        calls = sum(sum(r["calls"]) for r in reports)
-        rates = taken / np.maximum(tried, 1)
-        begun = tried[0] / max(calls, 1)  # rounds with any draft
-        reach = theory.expected_tokens(rates, len(rates)) - 1
-        lines.append(
-            {
-                "draft": draft,
-                "tokens per call": {name: round(rate([name]), 3) for name in groups},
-                "all": round(rate(groups), 3),
-                "foretold": round(1 + begun * reach, 3),
-                "acceptance": [round(float(x), 3) for x in rates],
-                "rows": sum(len(r["rows"]) for r in reports),
-                "apart": [x for r in reports for x in r["apart"]],
-            }
-        )
+        line = {
+            "draft": draft,
+            "tokens per call": {name: round(rate([name]), 3) for name in groups},
+            "all": round(rate(groups), 3),
+            "rows": sum(len(r["rows"]) for r in reports),
+            "apart": [x for r in reports for x in r["apart"]],
+        }
+        if draft != PEER:  # which does not say what it tried
+            tried = np.sum([r["tried"] for r in reports], axis=0)
+            taken = np.sum([r["taken"] for r in reports], axis=0)
+            calls = sum(sum(r["calls"]) for r in reports)
+            rates = taken / np.maximum(tried, 1)
+            begun = tried[0] / max(calls, 1)  # rounds with any draft
+            reach = theory.expected_tokens(rates, len(rates)) - 1
+            line["foretold"] = round(1 + begun * reach, 3)
+            line["acceptance"] = [round(float(x), 3) for x in rates]
+        lines.append(line)
     return lines
 
 
 def show(lines: Sequence[dict[str, Any]], groups: Sequence[str]) -> None:
     """The table."""
     heads = [*groups, "all", "foretold", "equal rows"]
-    print(f"\n{'tokens per call':30}" + "".join(f"{head[:14]:>15}" for head in heads))
+    print(f"\n{'tokens per call':36}" + "".join(f"{head[:14]:>15}" for head in heads))
     for line in lines:
         values = [line["tokens per call"][name] for name in groups]
-        values += [line["all"], line["foretold"]]
+        values += [line["all"], line.get("foretold", float("nan"))]
         wrong = sum(not x["tie"] for x in line["apart"])
         ties = len(line["apart"]) - wrong
         equal = f"{line['rows'] - wrong} of {line['rows']}"
         equal += f" ({ties} by a tie)" if ties else ""
         print(
-            f"{line['draft']:30}" + "".join(f"{v:15.2f}" for v in values), f" {equal}"
+            f"{line['draft']:36}" + "".join(f"{v:15.2f}" for v in values), f" {equal}"
         )
 
 
@@ -194,7 +222,7 @@ def draw(pyplot: Any, lines: Sequence[dict[str, Any]], groups: Sequence[str]) ->
         places = np.arange(len(groups)) + (n - (len(lines) - 1) / 2) * width
         values = [line["tokens per call"][name] for name in groups]
         left.bar(places, values, width, label=line["draft"])
-        rates = line["acceptance"]
+        rates = line.get("acceptance", [])
         right.plot(range(1, len(rates) + 1), rates, marker="o", label=line["draft"])
     left.axhline(1, color="black", linewidth=0.8)
     left.set_xticks(range(len(groups)), groups, rotation=20)
@@ -237,6 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not names:
             parser.error(f"no proposer begins so; there are {list(proposers(subject))}")
     measure(subject, names, found, save)
+    if not chosen.smoke and importlib.util.find_spec("torch") is not None:
+        ask_peer(subject, found, save)
     found["table"] = table(found, groups)
     save()
     show(found["table"], groups)

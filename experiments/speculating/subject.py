@@ -38,6 +38,7 @@ class Subject(NamedTuple):
     length: int  # tokens of a draft
     widths: tuple[int, ...]  # prompts are padded to one of these, for few programs
     more: dict[str, list[list[int]]] = {}  # other prompts, to train on
+    name: str = NAME  # what `load` calls it
 
     @property
     def vocab(self) -> int:
@@ -89,8 +90,11 @@ def real(
     new: int = 128,
     length: int = 10,
     matrices: str | None = None,
+    name: str = NAME,
 ) -> Subject:
-    """SmolLM2 in its chat template; prompts are cut to 512 tokens from the left.
+    """A model, SmolLM2 unless said; prompts are cut to 512 tokens from the left.
+
+    They are in its chat template where it has one, and as they are for a base model.
 
     Args:
       data: the folder with `spec_bench/`, or None for a few prompts of this file.
@@ -98,10 +102,14 @@ def real(
       new: new tokens.
       length: tokens of a draft.
       matrices: how they are held, as in `load`.
+      name: what `load` calls the model.
     """
-    model = load(NAME, matrices=matrices)
+    model = load(name, matrices=matrices)
+    plain = model.tokenizer.chat_template is None
 
     def encode(text: str) -> list[int]:
+        if plain:
+            return model.tokenizer(text)["input_ids"][-512:]
         return model.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
             add_generation_prompt=True,
@@ -110,15 +118,18 @@ def real(
         )[-512:]
 
     texts = OWN if data is None else spec_bench(Path(data))
-    prompts = {
-        name: [encode(text) for text in group[:rows]] for name, group in texts.items()
-    }
-    more = {
-        name: [encode(text) for text in group[rows:]] for name, group in texts.items()
-    }
-    eos, widths = tuple(model.config.eos), (129, 257, 513)
+    tokens = {group: [encode(text) for text in some] for group, some in texts.items()}
     return Subject(
-        model.lm, model.params, model.config, prompts, eos, new, length, widths, more
+        model.lm,
+        model.params,
+        model.config,
+        {group: some[:rows] for group, some in tokens.items()},
+        tuple(model.config.eos),
+        new,
+        length,
+        (129, 257, 513),
+        {group: some[rows:] for group, some in tokens.items()},
+        name,
     )
 
 
