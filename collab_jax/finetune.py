@@ -302,18 +302,31 @@ def fit(
             tuned, info = step(base, tuned, batch)
             history.append(info.loss)
             if len(history) > 1:  # the step before, so that this one runs on meanwhile
-                history[-2] = _finite(history[-2], len(history) - 2)
+                history[-2] = finite(history[-2], len(history) - 2)
                 bar.update(task, description=f"fine-tuning, loss {history[-2]:.3f}")
             bar.advance(task)
         if history:
-            history[-1] = _finite(history[-1], len(history) - 1)
+            history[-1] = finite(history[-1], len(history) - 1)
     return tuned.params, history
 
 
-def _finite(value: jax.Array, step: int) -> float:
+def finite(value: jax.Array, step: int, also: str = "") -> float:
+    """A loss as a number, or an error.
+
+    Args:
+      value: the loss, `[]`.
+      step: its number, which the error names.
+      also: what else may be the cure, in front of the usual ones.
+
+    Raises:
+      FloatingPointError: where it is not finite.
+
+    >>> finite(jnp.float32(0.5), 3)
+    0.5
+    """
     if not np.isfinite(number := float(value)):
         raise FloatingPointError(
-            f"the loss of step {step} is {number}; a smaller learning rate or clipped "
-            "gradients (optax.clip_by_global_norm) usually help"
+            f"the loss of step {step} is {number}: {also}a smaller learning rate or "
+            "clipped gradients (optax.clip_by_global_norm) usually help"
         )
     return number

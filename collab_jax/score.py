@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from collab_jax import law
 from collab_jax.lm import LM, Out, Params, padded
 
+# what to do where two models, of which one combines the laws, give no finite loss
+FORBIDDEN = "give weight 0 to tokens that both models forbid; "
+
 
 class Scores(NamedTuple):
     """What an LM thinks of each token; position 0 and the padding are 0."""

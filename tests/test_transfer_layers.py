@@ -15,7 +15,7 @@ from collab_jax.cooperate.efficient.distill import jensen_shannon
 from collab_jax.cooperate.transfer import layers, routing
 from collab_jax.lm import language_model
 from collab_jax.models import moe
-from collab_jax.models.config import from_hf
+from collab_jax.models.config import from_hf, to_hf
 from collab_jax.models.transformer import ACTIVATIONS, transformer
 
 POOLS = {"dola": layers.dola(0.05), "sled": layers.sled(1.0, 3)}
@@ -167,3 +167,5 @@ def test_routing_refuses():
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k = {k}: a rank from 1 to 4"):
             routing.rank_k(EXPERTS, k)
+    with pytest.raises(ValueError, match=r"skipped = 1: config\.json has no word"):
+        to_hf(routing.rank_k(EXPERTS, 2))

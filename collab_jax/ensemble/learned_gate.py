@@ -8,7 +8,6 @@ in the paper the first one is trained along with the switch.
 Shapes: M places of a batch, B rows, T tokens, W width of the hidden states.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from collab_jax.ensemble.gates import hidden
+from collab_jax.finetune import finite
 from collab_jax.law import log_probs
 from collab_jax.lm import LM, Out, Params
-from collab_jax.score import mean_over, read_together
+from collab_jax.score import FORBIDDEN, mean_over, read_together
 
 
 class Recorded(NamedTuple):
@@ -172,11 +172,4 @@ def fit(
         losses.append(value)
     if not losses:
         raise ValueError("no batches to fit to: at least one is expected")
-    history = [float(value) for value in losses]
-    for n, value in enumerate(history):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss of step {n} is {value}: give weight 0 to tokens that both "
-                "models forbid, or the optimizer a smaller learning rate"
-            )
-    return weights, history
+    return weights, [finite(loss, n, FORBIDDEN) for n, loss in enumerate(losses)]

@@ -302,11 +302,19 @@ def to_hf(config: Config) -> dict[str, Any]:
     Returns:
       A dict for `json.dump`; `from_hf` of it is the same configuration.
 
+    Raises:
+      ValueError: for rank-k routing, which transformers does not know.
+
     >>> config = from_hf({"model_type": "gpt2", "n_layer": 2})
     >>> from_hf(to_hf(config)) == config
     True
     """
     c = config
+    if c.skipped:
+        raise ValueError(
+            f"skipped = {c.skipped}: config.json has no word for rank-k routing; write "
+            "the configuration that `rank_k` was given, its parameters are the same"
+        )
     hf_activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(c.activation, c.activation)
     raw: dict[str, Any] = {
         "architectures": [_HF_NAMES[c.family]],

@@ -8,7 +8,6 @@ they may come from a generator.
 Shapes: M places of a batch, B rows, T tokens, V vocabulary, F inputs of f.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from collab_jax.cooperate.transfer.comblm import Combiner, Fitted, combined
+from collab_jax.finetune import finite
 from collab_jax.law import log_probs
 from collab_jax.lm import LM, Out, Params
-from collab_jax.score import mean_over, read_together
+from collab_jax.score import FORBIDDEN, mean_over, read_together
 
 
 class Recorded(NamedTuple):
@@ -189,11 +189,4 @@ def fit(
         losses.append(loss)
     if state is None:
         raise ValueError("no batches to fit to: at least one is expected")
-    history = [float(loss) for loss in losses]
-    for n, value in enumerate(history):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss of step {n} is {value}: give weight 0 to tokens that both "
-                "models forbid, or the optimizer a smaller learning rate"
-            )
-    return state.fitted, history
+    return state.fitted, [finite(loss, n, FORBIDDEN) for n, loss in enumerate(losses)]
