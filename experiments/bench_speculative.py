@@ -7,7 +7,8 @@ the cache; and prompts of one width share a program.
 Command: python experiments/bench_speculative.py [--smoke] [--model NAME] [--data DIR]
 [--rows N] [--repeats R] [--layers E] [--ways NAME ...] [--output FILE] [--fresh]
 [--plain]; a run that was stopped is taken up again. Needs the extra `parity`; without
-torch ours is measured alone. Matrices are packed (`collab_jax.models.packed`), with `--plain` not.
+torch ours is measured alone. Matrices are packed (`collab_jax.models.packed`), with
+`--plain` they are not.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 6 GiB; 20 minutes with `--rows 1 --repeats 1` (`--smoke`:
 seconds, ours alone, a random toy model).
