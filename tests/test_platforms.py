@@ -4,6 +4,7 @@ What is lowered here was not run on a TPU or a GPU.
 """
 
 import jax
+import jax.numpy as jnp
 import pytest
 from test_attention import model
 
@@ -12,6 +13,7 @@ from collab_jax.cooperate.efficient import exact, ngram
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.lm import language_model
+from collab_jax.models import attention
 from collab_jax.models.packed import pack
 from collab_jax.models.transformer import transformer
 
@@ -51,6 +53,20 @@ def test_no_call_leaves_the_compiler(name, platform):
     text = lowered(name, platform)
     assert "stablehlo.while" in text
     assert "custom_call" not in text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_a_buffer_of_two_blocks_is_read_without_a_loop(platform, blocks):
+    """A turn of a loop costs a GPU a message to the host."""
+
+    def step(params, tokens):
+        state = LM.init(params, 1, blocks * attention.BLOCK)
+        return LM.extend(params, state, tokens)[0].logits
+
+    traced = jax.jit(step).trace(PARAMS, jnp.ones((1, 1), jnp.int32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == (blocks > 2)
 
 
 def test_on_a_cpu_packed_matrices_do():

@@ -322,9 +322,8 @@ class Attention(nn.Module):
             return self.o(out), cache, weights if tapped else None
 
         def read(block, q, keys, values, mask, within):
-            if keys.shape[2] <= 2 * CPU_BLOCK:
+            if keys.shape[2] <= 2 * block:  # a loop would cost more than it leaves out
                 return attend(q, keys, values, mask, *numbers)[0]
-            block = min(block, keys.shape[2])
             return attend_within(q, keys, values, mask, within, *numbers, block)
 
         def on_a_cpu(*args):
