@@ -12,6 +12,7 @@ Shapes: B rows, T tokens of this call, N nodes of a tree, D nodes of a path, S s
 beams of a row.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -113,6 +114,24 @@ def write(
     >>> write(jnp.zeros((2, 3), int), jnp.array([[7], [8]]), jnp.array([0, 2])).tolist()
     [[7, 0, 0], [0, 0, 8]]
     """
+    values = values.astype(buffer.dtype)
+    return _write(buffer, values, length, axis)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _write(buffer, values, length, axis):
+    """Scatters on a CPU and a GPU; a TPU would take one token after the other."""
+    windows = functools.partial(_in_windows, axis=axis)
+    scatter = functools.partial(_scattered, axis=axis)
+    if values.shape[1] > buffer.shape[axis]:
+        windows = scatter
+    return jax.lax.platform_dependent(
+        buffer, values, length, tpu=windows, default=scatter
+    )
+
+
+def _scattered(buffer, values, length, axis):
+    """An update for every token."""
     slot = positions(length, values.shape[1])
     if slot.size == 1:
         # XLA:CPU turns a scatter of one update into a dynamic-update-slice, fuses that
@@ -129,7 +148,28 @@ def write(
         )
 
     # under vmap a scatter knows that its rows are independent: sharded rows stay apart
-    return jax.vmap(row)(buffer, values.astype(buffer.dtype), slot)
+    return jax.vmap(row)(buffer, values, slot)
+
+
+def _in_windows(buffer, values, length, axis):
+    """An update for every row: the window of T slots behind its length.
+
+    Where fewer are left, the window is the last T slots, the first of which stay.
+    """
+    count, place = values.shape[1], axis - 1
+    latest = buffer.shape[axis] - count
+
+    def row(buffer, values, length):
+        values = values if axis == 1 else jnp.moveaxis(values, 0, 1)
+        start = jnp.minimum(length, latest)
+        old = jax.lax.dynamic_slice_in_dim(buffer, start, count, place)
+        late = length - start
+        fresh = jnp.arange(count) >= late
+        fresh = fresh.reshape(-1, *(1,) * (values.ndim - place - 1))
+        window = jnp.where(fresh, jnp.roll(values, late, place), old)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, window, start, place)
+
+    return jax.vmap(row)(buffer, values, length)
 
 
 def compact(

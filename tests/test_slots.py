@@ -1,0 +1,95 @@
+"""Writing behind the rows of a buffer, token by token and window by window."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from collab_jax import mesh, slots
+from collab_jax.collectives import collectives
+
+S, H, K = 7, 4, 3
+LENGTHS = [[0, 2, 5, 6], [7, 4, 9, 1]]
+WAYS = {"tokens": slots._scattered, "windows": slots._in_windows}
+
+
+def arrays(count, axis, batch=4):
+    shape = (batch, S, H, K) if axis == 1 else (batch, H, S, K)
+    buffer = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    return buffer, -1.0 - np.arange(batch * count * H * K).reshape(batch, count, H, K)
+
+
+def naive(buffer, values, length, axis):
+    buffer = buffer.copy()
+    for b, start in enumerate(length):
+        for t, value in enumerate(values[b]):
+            if start + t < S:
+                where = (b, start + t) if axis == 1 else (b, slice(None), start + t)
+                buffer[where] = value
+    return buffer
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 5, S])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_what_is_beyond_the_buffer_is_dropped(way, axis, count, length):
+    """A full row, a row that lacks slots, and lengths beyond the buffer."""
+    buffer, values = arrays(count, axis)
+    values = values.astype(np.float32)
+    found = jax.jit(WAYS[way], static_argnums=3)(
+        buffer, values, jnp.array(length), axis
+    )
+    np.testing.assert_array_equal(found, naive(buffer, values, length, axis))
+
+
+def test_a_window_that_only_clamps_is_wrong():
+    """The control: `dynamic_update_slice` alone moves what does not fit."""
+    buffer, values = arrays(2, 1)
+
+    def row(buffer, values, start):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, values, start, 0)
+
+    length = LENGTHS[0]
+    found = jax.vmap(row)(buffer, values.astype(np.float32), jnp.array(length))
+    assert (np.asarray(found) != naive(buffer, values, length, 1)).any()
+
+
+def test_more_tokens_than_slots():
+    buffer, values = arrays(S + 2, 1)
+    found = slots.write(jnp.asarray(buffer), jnp.asarray(values), jnp.zeros(4, int))
+    np.testing.assert_array_equal(found, naive(buffer, values, [0] * 4, 1))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+def test_a_tpu_is_asked_for_one_update_a_row(platform):
+    buffer, values = arrays(5, 2)
+    traced = jax.jit(slots.write, static_argnums=3).trace(
+        jnp.asarray(buffer), jnp.asarray(values), jnp.zeros(4, jnp.int32), 2
+    )
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    indices = "tensor<4x3xi32>" if platform == "tpu" else "tensor<4x5x1xi32>"
+    scatter = text[text.index('"stablehlo.scatter"') :].partition("->")[0]
+    assert indices in scatter
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_and_heads_on_a_mesh_stay_where_they_are(way):
+    devices = mesh.make_mesh(data=4, model=2)
+    buffer, values = map(jnp.asarray, arrays(3, 2))
+    length = jnp.array(LENGTHS[0])
+
+    def place(x, *axes):
+        return jax.device_put(x, jax.NamedSharding(devices, PartitionSpec(*axes)))
+
+    placed = (
+        place(buffer, "data", "model"),
+        place(values, "data", None, "model"),
+        place(length, "data"),
+    )
+    compiled = jax.jit(WAYS[way], static_argnums=3).lower(*placed, 2).compile()
+    assert not collectives(compiled.as_text())
+    found = compiled(*placed)
+    assert found.sharding.spec[:2] == ("data", "model")
+    np.testing.assert_array_equal(found, slots.write(buffer, values, length, 2))
