@@ -23,13 +23,13 @@ draft of a round, which `work` leaves out.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from measuring.atomic import write_json
+from measuring.options import options
 from measuring.picture import picture
 from speculating.strategies import cut
 from speculating.subject import Subject
@@ -140,10 +140,7 @@ def draw(pyplot: Any, found: dict[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains and measures; 0 where every text is the plain one, up to ties."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a random toy model")
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser = options(__doc__)
     parser.add_argument("--texts", type=int, default=96, help="to train on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")

@@ -32,7 +32,6 @@ the delay of the first text are those of processes that hold one engine each, co
 included.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -44,6 +43,7 @@ from typing import Any
 import jax
 from decoding import alone, limits, ours, peers, report
 from measuring.atomic import write_json
+from measuring.options import options
 from measuring.picture import picture
 from measuring.process import circumstances
 
@@ -204,13 +204,10 @@ def table(found: dict[str, Any], sizes: dict[str, int], length: int, new: int) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where it ran, whatever the bars say."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a random toy model")
+    parser = options(__doc__)
     parser.add_argument(
         "--model", default=ours.NAME, help="1b or 8b for a Llama with random weights"
     )
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--engines", nargs="+", metavar="NAME", help="by first letters")
@@ -269,10 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     save()
     compare(subject, every, chosen.batches, chosen.repeats, found, save)
     widths(subject, chosen.repeats, found, save)
-    options = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
-    options += ["--model", chosen.model]
+    told = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
+    told += ["--model", chosen.model]
     names = list(every)[:1] if chosen.smoke else list(every)
-    alone.memories(names, options, found.setdefault("alone", {}), save)
+    alone.memories(names, told, found.setdefault("alone", {}), save)
     if "losses" not in found:
         found["losses"] = ours.losses(subject)
     sizes = {kind: ours.read(params) for kind, params in subject.params.items()}

@@ -37,7 +37,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -292,7 +291,7 @@ def measure(part: str, subject: Subject, chosen: Any, report: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where the texts are the peer's and the plain ones, up to ties."""
-    parse = parser(Path(__file__).name, __doc__)
+    parse = parser(__doc__)
     add = parse.add_argument
     add("--rows", type=int, default=1, help="prompts of a group")
     add("--repeats", type=int, default=1, help="of every prompt")

@@ -27,7 +27,6 @@ sums; "decoding" is the one without what a first token takes, which is the promp
 base model prompts are what they are, without a chat template.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -40,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 from measuring.atomic import write_json
+from measuring.options import options
 from speculating import same
 from speculating.peer import torch_greedy, torched
 from speculating.ratios import FIRST, PLAIN, by_group, show, table
@@ -279,10 +279,7 @@ def rounds(subject: Subject, repeats: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where the texts are the peer's, up to ties."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a random toy model")
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser = options(__doc__)
     parser.add_argument("--rows", type=int, default=1, help="prompts of a group")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--model", default=NAME, help="what `load` takes")

@@ -37,7 +37,6 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -356,7 +355,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where the texts with drafts are the plain ones."""
-    parse = parser(Path(__file__).name, __doc__)
+    parse = parser(__doc__)
     parse.add_argument("--rows", type=int, default=12, help="questions of a group")
     chosen = parse.parse_args(arguments)
     member = toy() if chosen.smoke else real(SMOLLM2)

@@ -32,7 +32,6 @@ these prompts, not on answers to them.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -298,7 +297,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes and measures; 0 where the texts with drafts are the plain ones."""
-    parse = parser(Path(__file__).name, __doc__)
+    parse = parser(__doc__)
     add = parse.add_argument
     add("--rows", type=int, default=2, help="prompts of a group")
     add("--new", type=int, default=64, help="new tokens")

@@ -37,7 +37,6 @@ PackLLM's weights come from what is given. Gemma alone reads its own tokens.
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -307,7 +306,7 @@ def toys() -> Pair:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; 0 where the texts with drafts are the plain ones."""
-    parse = parser(Path(__file__).name, __doc__)
+    parse = parser(__doc__)
     add = parse.add_argument
     add("--rows", type=int, default=6, help="texts of a group")
     add("--facts", type=int, default=24)

@@ -34,7 +34,6 @@ number; a seed is an order of the rows to tune on.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -209,7 +208,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains and measures; 0 where the texts with drafts are the plain ones."""
-    parse = parser(Path(__file__).name, __doc__)
+    parse = parser(__doc__)
     add = parse.add_argument
     add("--tasks", nargs="+", metavar="NAME", help="of merge_tasks.py")
     add("--first", type=int, default=10, help="layers of the small model")

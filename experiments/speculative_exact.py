@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from measuring.options import options
 from measuring.sharing import Report
 from speculating import same
 from speculating.strategies import (
@@ -223,11 +224,8 @@ def show_groups(found: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing; 0 where every text is the plain one, up to ties."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a few cases of --toy")
+    parser = options(__doc__)
     parser.add_argument("--toy", action="store_true", help="a random Llama")
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rows", type=int, default=10, help="prompts of a group")
     parser.add_argument(

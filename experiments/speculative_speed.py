@@ -16,10 +16,8 @@ a random toy model).
 Expected: not run whole yet.
 """
 
-import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from measuring.options import options
 from measuring.picture import picture
 from speculating import same
 from speculating.peer import torch_greedy, torched
@@ -236,10 +235,7 @@ def draw(pyplot: Any, lines: Sequence[dict[str, Any]], groups: Sequence[str]) ->
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures what is missing; 0 where every row is the plain one, up to ties."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a random toy model")
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser = options(__doc__)
     parser.add_argument("--proposers", nargs="+", metavar="NAME", help="by first words")
     parser.add_argument("--rows", type=int, default=10, help="prompts of a group")
     parser.add_argument("--plain", action="store_true", help="no packed matrices")

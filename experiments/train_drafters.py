@@ -22,7 +22,6 @@ the heads' loss falls from 28 to 5 on them.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from measuring.options import options
 from measuring.picture import picture
 from speculating.strategies import cut
 from speculating.subject import Subject
@@ -168,10 +168,7 @@ def draw(pyplot: Any, found: dict[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains and measures; 0 where every text is the plain one, up to ties."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a random toy model")
-    parser.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser = options(__doc__)
     parser.add_argument("--texts", type=int, default=192, help="to train on")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)

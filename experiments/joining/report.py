@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from measuring.atomic import write_json
+from measuring.options import options
 from measuring.process import circumstances
 from numpy.typing import ArrayLike
 
@@ -39,12 +39,9 @@ class Report(NamedTuple):
         write_json(self.path, self.found)
 
 
-def parser(script: str, doc: str) -> argparse.ArgumentParser:
+def parser(doc: str) -> argparse.ArgumentParser:
     """What all these scripts can be told."""
-    made = argparse.ArgumentParser(prog=script, description=doc.splitlines()[0])
-    made.add_argument("--smoke", action="store_true", help="random toy models")
-    made.add_argument("--data", default=os.environ.get("COLLAB_JAX_DATA"))
-    made.add_argument("--output", type=Path, metavar="FILE")
+    made = options(doc)
     made.add_argument("--fresh", action="store_true", help="forget what FILE holds")
     return made
 
