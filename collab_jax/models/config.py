@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from collab_jax.models import positions
-from collab_jax.models.defaults import DEFAULTS
+from collab_jax.models.defaults import ARCHITECTURES, DEFAULTS
 from collab_jax.models.rotary import LongRope, Rotary
 
 
@@ -277,20 +277,6 @@ def _divide(width: int, heads: int) -> int:
 
 
 _WINDOWED = ("mistral", "mixtral", "phi3")
-_HF_NAMES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-}
 
 
 def to_hf(config: Config) -> dict[str, Any]:
@@ -317,7 +303,7 @@ def to_hf(config: Config) -> dict[str, Any]:
         )
     hf_activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(c.activation, c.activation)
     raw: dict[str, Any] = {
-        "architectures": [_HF_NAMES[c.family]],
+        "architectures": [ARCHITECTURES[c.family]],
         "model_type": c.family,
         "vocab_size": c.vocab,
         "tie_word_embeddings": c.tied,

@@ -1,4 +1,4 @@
-"""What config.json leaves out, being the default of its class in transformers."""
+"""The classes of transformers, and the defaults that config.json leaves to them."""
 
 from typing import Any
 
@@ -99,4 +99,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_parallel_residual": True,
         "attention_bias": True,
     },
+}
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
 }
