@@ -17,7 +17,11 @@ over transformers 3.0x for greedy, 3.2x for prompt lookup, 3.5x for a draft mode
 adaptive n-grams 3.3x its prompt lookup. Over our own plain decoding adaptive n-grams
 are level, 1.05x, the others lose (prompt lookup 0.9x, the draft model 0.4x). A batch of
 8 runs, with n-gram drafts of 10 tokens slower than one by one (0.9x). A round at 8,192
-slots takes 7 percent more than at 512.
+slots takes 7 percent more than at 512. Gemma-3-270M, a base model whose text soon
+repeats itself (`--model gemma-3-270m --rows 1 --repeats 1`, without the draft model):
+prompt lookup writes summaries and rag answers 2.9x as fast as plain decoding, 3.9x
+without the prompt, and 3.2x as fast as that of transformers; suffixes 3.3x and 4.9x;
+over all six groups 1.9x and 2.2x. In a batch of 8, 88 rows of a call lose (0.7x).
 
 The draft model is the first E layers of the model itself, with its norm and head. Who
 comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
