@@ -13,11 +13,12 @@ Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 6 GiB; 20 minutes with `--rows 1 --repeats 1` (`--smoke`:
 seconds, ours alone, a random toy model).
 Expected: seen in November 2026 on two CPU cores, 6 prompts, one repeat, texts equal:
-over transformers 3.0x for greedy, 3.2x for prompt lookup, 3.5x for a draft model;
-adaptive n-grams 3.3x its prompt lookup. Over our own plain decoding adaptive n-grams
-are level, 1.05x, the others lose (prompt lookup 0.9x, the draft model 0.4x). A batch of
-8 runs, with n-gram drafts of 10 tokens slower than one by one (0.9x). A round at 8,192
-slots takes 7 percent more than at 512. Gemma-3-270M, a base model whose text soon
+over transformers 2.7x for greedy, 3.2x for prompt lookup, 3.4x for a draft model;
+adaptive n-grams 4.1x and suffixes 3.9x its prompt lookup. Over our own plain decoding
+adaptive n-grams 1.28x, suffixes 1.19x, prompt lookup 1.05x; the draft model loses
+(0.4x). A batch of 8 runs, with n-gram drafts of 10 tokens slower than one by one
+(0.8x). A round at 8,192 slots takes 3 percent more than at 512.
+Gemma-3-270M, a base model whose text soon
 repeats itself (`--model gemma-3-270m --rows 1 --repeats 1`, without the draft model):
 prompt lookup writes summaries and rag answers 2.9x as fast as plain decoding, 3.9x
 without the prompt, and 3.2x as fast as that of transformers; suffixes 3.3x and 4.9x;
