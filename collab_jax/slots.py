@@ -114,8 +114,7 @@ def write(
     >>> write(jnp.zeros((2, 3), int), jnp.array([[7], [8]]), jnp.array([0, 2])).tolist()
     [[7, 0, 0], [0, 0, 8]]
     """
-    values = values.astype(buffer.dtype)
-    return _write(buffer, values, length, axis)
+    return _write(buffer, values.astype(buffer.dtype), length, axis)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -17,12 +17,12 @@ over transformers 2.7x for greedy, 3.2x for prompt lookup, 3.4x for a draft mode
 adaptive n-grams 4.1x and suffixes 3.9x its prompt lookup. Over our own plain decoding
 adaptive n-grams 1.28x, suffixes 1.19x, prompt lookup 1.05x; the draft model loses
 (0.4x). A batch of 8 runs, with n-gram drafts of 10 tokens slower than one by one
-(0.8x). A round at 8,192 slots takes 3 percent more than at 512.
-Gemma-3-270M, a base model whose text soon
-repeats itself (`--model gemma-3-270m --rows 1 --repeats 1`, without the draft model):
-prompt lookup writes summaries and rag answers 2.9x as fast as plain decoding, 3.9x
-without the prompt, and 3.2x as fast as that of transformers; suffixes 3.3x and 4.9x;
-over all six groups 1.9x and 2.2x. In a batch of 8, 88 rows of a call lose (0.7x).
+(0.8x). A round at 8,192 slots takes 3 percent more than at 512. Gemma-3-270M, a base
+model whose text soon repeats itself (`--model gemma-3-270m --rows 1 --repeats 1 --ways
+first greedy prompt adaptive suffix`): prompt lookup writes summaries and rag answers
+2.9x as fast as plain decoding, 3.9x without the prompt, and 3.2x as fast as that of
+transformers; suffixes 3.3x and 4.9x; over all six groups 1.9x and 2.2x. In a batch of
+8, 88 rows of a call lose (0.7x).
 
 The draft model is the first E layers of the model itself, with its norm and head. Who
 comes first alternates from prompt to prompt. Ours reads 1, 4 or all tokens of a round,
@@ -67,10 +67,8 @@ WIDTHS = 1, 4  # tokens of a round, beside the widest
 CAPACITIES = 512, 8192  # tokens
 ROUNDS = 32
 
-# what a way says of prompts: new tokens, seconds, calls of the target where counted
-Run = Callable[
-    [Sequence[Sequence[int]]], tuple[list[list[int]], float, list[int] | None]
-]
+# what a way says of prompts: new tokens, seconds, and calls of the target
+Run = Callable[[Sequence[Sequence[int]]], tuple[list[list[int]], float, list[int]]]
 
 
 class Way(NamedTuple):
@@ -91,8 +89,7 @@ def timed(program: Callable, params: Any, subject: Subject) -> Run:
         result = program(None, params, prompt, length, jax.random.key(0))
         jax.block_until_ready(result.tokens)
         seconds = time.perf_counter() - begin
-        calls = getattr(result.info, "calls", None)
-        calls = calls if calls is None else calls[: len(prompts)].tolist()
+        calls = result.info.calls[: len(prompts)].tolist()
         return texts(result, len(prompts)), seconds, calls
 
     return run
@@ -202,10 +199,10 @@ def compare(
                     line |= {"group": group, "row": number}
                     new = {}
                     for kind in kinds:
-                        (text,), seconds, calls = getattr(way, kind)([prompt])
+                        (text,), seconds, (calls,) = getattr(way, kind)([prompt])
                         new[kind] = text
                         line[kind] = {"seconds": seconds, "tokens": len(text)}
-                        line[kind] |= {} if calls is None else {"calls": calls[0]}
+                        line[kind]["calls"] = calls
                     if len(new) == 2:
                         line["apart"] = same.differences(
                             [number], [prompt], [new["ours"]], [new["peer"]], margin

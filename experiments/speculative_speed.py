@@ -122,26 +122,27 @@ def measure(
 
 
 def ask_peer(subject: Subject, found: dict, save: Callable) -> None:
-    """Prompt lookup of transformers, one prompt at a time."""
+    """Prompt lookup of transformers, one prompt at a time, where it is missing."""
+    own = found["drafted"].setdefault(PEER, {})
+    work = [rows for rows in subject.batches(ROWS) if same.name_of(rows) not in own]
+    if not work:
+        return
     options = {"prompt_lookup_num_tokens": subject.length}
     generate = torch_greedy(torched(load(subject.name)), subject, lambda: options)
     margin = same.margins(subject.lm, subject.params)
-    own, work = found["drafted"].setdefault(PEER, {}), subject.batches(ROWS)
     with progress("batches", len(work)) as advance:
         for rows in work:
-            key = same.name_of(rows)
-            if key not in own:
-                prompts = subject.of(rows)
-                every = [generate([prompt]) for prompt in prompts]
-                new = [text for (text,), _, _ in every]
-                expected = same.unpacked(found["plain"][key])
-                own[key] = {
-                    "rows": rows,
-                    "tokens": [len(text) for text in new],
-                    "calls": [calls for _, _, (calls,) in every],
-                    "apart": same.differences(rows, prompts, new, expected, margin),
-                }
-                save()
+            key, prompts = same.name_of(rows), subject.of(rows)
+            every = [generate([prompt]) for prompt in prompts]
+            new = [text for (text,), _, _ in every]
+            expected = same.unpacked(found["plain"][key])
+            own[key] = {
+                "rows": rows,
+                "tokens": [len(text) for text in new],
+                "calls": [calls for _, _, (calls,) in every],
+                "apart": same.differences(rows, prompts, new, expected, margin),
+            }
+            save()
             advance()
 
 

@@ -9,6 +9,7 @@ from collab_jax.io.gguf import Gguf
 from collab_jax.io.json_file import write_json
 from collab_jax.io.safetensors import Checkpoint, Layout
 from collab_jax.models.config import Config, from_hf
+from collab_jax.models.defaults import ARCHITECTURES
 
 
 def describe(file: Gguf, folder: Path) -> None:
@@ -115,14 +116,4 @@ def architectures(raw: dict) -> dict:
     >>> architectures({"model_type": "gpt2", "n_layer": 2})
     {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_layer': 2}
     """
-    classes = {
-        "llama": "LlamaForCausalLM",
-        "qwen2": "Qwen2ForCausalLM",
-        "qwen3": "Qwen3ForCausalLM",
-        "qwen3_moe": "Qwen3MoeForCausalLM",
-        "gemma2": "Gemma2ForCausalLM",
-        "gemma3_text": "Gemma3ForCausalLM",
-        "phi3": "Phi3ForCausalLM",
-        "gpt2": "GPT2LMHeadModel",
-    }
-    return {"architectures": [classes[raw["model_type"]]], **raw}
+    return {"architectures": [ARCHITECTURES[raw["model_type"]]], **raw}
