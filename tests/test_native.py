@@ -35,16 +35,35 @@ def made(kind, *shape, seed=0):
     return kernel, matrix.astype(float)
 
 
-def near(found, expected, x, matrix):
+def in_digits(kind):
+    """Whether activations become whole numbers."""
+    best = build.chosen() == "best" and "vnni" in native.status()
+    return kind == "int8" and (best or build.chosen() == "vnni")
+
+
+def largest(x):
+    """For each number the largest of the 128 of its block."""
+    found = np.empty_like(x)
+    for k in range(0, x.shape[-1], 128):
+        block = x[..., k : k + 128]
+        found[..., k : k + 128] = np.abs(block).max(-1, keepdims=True)
+    return found
+
+
+def near(found, expected, x, matrix, kind="packed"):
     """Whether found is expected up to the rounding of float32 sums.
 
     A sum of K products in any order is off by K 2^-24 of the sum of their sizes, at
-    most; a scale and the rounding of the result add two such steps.
+    most; a scale and the rounding of the result add two such steps. Digits are off by
+    2^-22 of the largest of a block.
     """
     size = np.abs(x.astype(float)) @ np.abs(matrix)
+    bound = (x.shape[-1] + 2) * 2.0**-24 * size
+    if in_digits(kind):
+        bound += 2.0**-22 * largest(x).astype(float) @ np.abs(matrix)
     assert found.shape == expected.shape
     gap = np.abs(np.asarray(found, float) - expected)
-    assert np.all(gap <= (x.shape[-1] + 2) * 2.0**-24 * size)
+    assert np.all(gap <= bound)
 
 
 # odd sizes; pieces of a sum, groups of rows, and what is left of them
@@ -79,7 +98,7 @@ def test_products_are_those_of_float64(instructions, kind):
     every = jax.jit(lambda xs, ks: [k.attend(x) for x, k in zip(xs, ks, strict=True)])
     found = every(xs, kernels)
     for x, y, (_, matrix) in zip(xs, found, pairs, strict=True):
-        near(y, x.astype(float) @ matrix, x, matrix)
+        near(y, x.astype(float) @ matrix, x, matrix, kind)
 
 
 @needed
@@ -99,7 +118,52 @@ def test_several_matrices_in_one_call(kind):
     pairs = [made(kind, 30, size, seed=size) for size in (64, 5, 33)]
     found = packed.project_all(jnp.asarray(x), [kernel for kernel, _ in pairs])
     for y, (_, matrix) in zip(found, pairs, strict=True):
-        near(y, x.astype(float) @ matrix, x, matrix)
+        near(y, x.astype(float) @ matrix, x, matrix, kind)
+
+
+def outlying(seed, rows, depth):
+    """Numbers with a few large ones among them, as between the layers of a model."""
+    x = draw(seed, rows, depth)
+    x[:, :: depth // 3] *= 300
+    return x
+
+
+@needed
+@pytest.mark.parametrize("depth", [64, 129, 576, 1535])
+def test_activations_become_whole_numbers_of_24_bits(depth, instructions):
+    x = outlying(0, 5, depth)
+    kernel, matrix = made("int8", depth, 70)
+    exact = x.astype(float) @ matrix
+    near(kernel.attend(jnp.asarray(x)), exact, x, matrix, "int8")
+    unit = largest(x) / 32639  # of 16 bits
+    coarse = np.rint(x / unit) * unit.astype(float) @ matrix
+    with pytest.raises(AssertionError):
+        near(coarse, exact, x, matrix, "int8")
+
+
+@needed
+def test_a_row_is_the_same_alone_and_among_others():
+    """In whole numbers to the bit, and so for every width of a draft."""
+    if not in_digits("int8"):
+        pytest.skip("this processor has no products of bytes")
+    kernel, _ = made("int8", 1029, 70)
+    x = jnp.asarray(outlying(1, 150, 1029))
+    every = np.asarray(kernel.attend(x))
+    for rows in (1, 2, 3, 5, 8, 17, 64):
+        found = np.asarray(kernel.attend(x[7 : 7 + rows]))
+        np.testing.assert_array_equal(found, every[7 : 7 + rows])
+
+
+@needed
+def test_what_is_not_finite_stays_in_its_row(instructions):
+    kernel, matrix = made("int8", 300, 40)
+    x = draw(0, 4, 300)
+    x[0, 200], x[1, 3], x[2], x[3] = np.nan, np.inf, 0, 1e-38
+    found = np.asarray(kernel.attend(jnp.asarray(x)))
+    assert np.isnan(found[0]).all()
+    assert not np.isfinite(found[1]).any()
+    assert (found[2] == 0).all()
+    np.testing.assert_allclose(found[3], x[3].astype(float) @ matrix, atol=1e-28)
 
 
 @needed
@@ -222,7 +286,7 @@ def test_shard_map():
         in_specs=(spread, whole),
         out_specs=spread,
     )
-    near(jax.jit(rows)(x, kernel), x.astype(float) @ matrix, x, matrix)
+    near(jax.jit(rows)(x, kernel), x.astype(float) @ matrix, x, matrix, "int8")
 
     def own_columns(x, panels, scale):
         part = packed.Packed(panels, scale, 32, kernel.dtype, False)
@@ -235,7 +299,7 @@ def test_shard_map():
         out_specs=jax.sharding.PartitionSpec(None, "d"),
     )
     found = jax.jit(columns)(x, kernel.panels, kernel.scale)
-    near(found, x.astype(float) @ matrix, x, matrix)
+    near(found, x.astype(float) @ matrix, x, matrix, "int8")
 
 
 @needed
@@ -279,6 +343,7 @@ def test_what_does_not_fit_is_an_error():
         lambda: native.products(x.astype(jnp.bfloat16), [panels], [], wide),
         lambda: native.products(x, [panels.astype(jnp.bfloat16)], [], wide),
         lambda: native.products(x, [panels.astype(jnp.int8)], [], wide),
+        lambda: native.products(x, [panels.astype(jnp.uint8)], [], wide),
         lambda: native.products(x, [panels], [jnp.ones(64)], wide),
     ):
         with pytest.raises(Exception, match="collab_jax: "):

@@ -11,9 +11,10 @@ again, and merging and training refuse what is packed.
   their sums in registers. What is asked for ahead is what the same thread reads next.
 - XLA on a CPU takes another way from two rows on, at 1.4 times the time of one; with
   panels the bytes decide up to eight rows of float32 or more, so that verifying a draft
-  costs little more than a token. For int8 it is fewer rows (two Zen cores).
-- bfloat16 and int8 are widened in the registers, and sums are float32: only the weights
-  are rounded. Rounding activations too, as products of int8 want it, changes texts.
+  costs little more than a token (two Zen cores).
+- bfloat16 is widened in the registers, and so is int8, or activations become whole
+  numbers of 24 bits where a processor multiplies bytes; sums are as near as those of
+  float32. Only the weights are rounded: activations of 8 bits change texts.
 - On other devices than a CPU, and without the library, the plain form computes: a
   matrix is one panel then.
 
@@ -50,10 +51,11 @@ EMBEDDING = "embed/embedding"
 class Packed:
     """A weight matrix `[K, N]` as panels of C columns; made by `pack`.
 
-    Column `C p + c` is `panels[p, :, c] * scale[C p + c]`.
+    Column `C p + c` is `panels[p, :, c] * scale[C p + c]`. The library takes int8 as
+    uint8, `_in_fours`.
     """
 
-    panels: Any  # [..., P, K, C] float32, int8 or uint16: the bits of bfloat16
+    panels: Any  # [..., P, K, C] float32, int8, uint16 (the bits of bfloat16) or uint8
     scale: Any  # [..., N] float32 for int8, otherwise None
     size: int  # N
     dtype: np.dtype  # of the matrix that was packed
@@ -62,8 +64,8 @@ class Packed:
     @property
     def held(self) -> np.dtype:
         """The type of the numbers in the panels."""
-        half = self.panels.dtype == jnp.uint16
-        return np.dtype(jnp.bfloat16) if half else self.panels.dtype
+        known = {jnp.uint16: jnp.bfloat16, jnp.uint8: jnp.int8}
+        return np.dtype(known.get(self.panels.dtype.type, self.panels.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +77,10 @@ class Packed:
     def matrix(self) -> jax.Array:
         """`[..., K, N]` float32, without the scale."""
         *lead, count, depth, columns = self.panels.shape
-        wide = jnp.moveaxis(self.panels, -3, -2)
+        panels = self.panels
+        if panels.dtype == jnp.uint8:
+            panels = _one_by_one(panels)
+        wide = jnp.moveaxis(panels, -3, -2)
         wide = wide.reshape(*lead, depth, count * columns)
         return _widened(wide[..., : self.size])
 
@@ -96,8 +101,7 @@ class Packed:
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding."""
-        columns = self.panels.shape[-1]
-        rows = _widened(self.panels[tokens // columns, :, tokens % columns])
+        rows = _widened(_columns(self.panels, tokens))
         if self.scale is not None:
             rows = rows * self.scale[tokens][..., None]
         return rows.astype(self.dtype)
@@ -107,7 +111,42 @@ def _widened(panels: jax.Array) -> jax.Array:
     """The numbers of panels in float32."""
     if panels.dtype == jnp.uint16:
         panels = jax.lax.bitcast_convert_type(panels, jnp.bfloat16)
-    return panels.astype(jnp.float32)
+    wide = panels.astype(jnp.float32)
+    return wide - 128 if panels.dtype == jnp.uint8 else wide
+
+
+def _in_fours(panels: np.ndarray) -> np.ndarray:
+    """Panels `[..., K, C]` of int8 as the native library reads them.
+
+    Bytes are q + 128. Of K four steps lie together, as `[K / 4, C, 4]`; up to three
+    that are left follow as they are.
+    """
+    *lead, depth, columns = panels.shape
+    panels, whole = (panels ^ np.int8(-128)).view(np.uint8), depth // 4 * 4
+    fours = panels[..., :whole, :].reshape(*lead, -1, 4, columns).swapaxes(-1, -2)
+    fours = fours.reshape(*lead, whole, columns)
+    return np.concatenate([fours, panels[..., whole:, :]], -2)
+
+
+def _one_by_one(panels: jax.Array) -> jax.Array:
+    """Takes `_in_fours` back, but for 128."""
+    *lead, depth, columns = panels.shape
+    whole = depth // 4 * 4
+    fours = panels[..., :whole, :].reshape(*lead, -1, columns, 4).mT
+    fours = fours.reshape(*lead, whole, columns)
+    return jnp.concatenate([fours, panels[..., whole:, :]], -2)
+
+
+def _columns(panels: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Columns of the matrix `[..., K]`, where they lie."""
+    count, depth, columns = panels.shape
+    panel, column = chosen // columns, chosen % columns
+    if panels.dtype != jnp.uint8:
+        return panels[panel, :, column]
+    whole = depth // 4 * 4
+    fours = panels[:, :whole].reshape(count, -1, columns, 4)[panel, :, column]
+    fours = fours.reshape(*chosen.shape, whole)
+    return jnp.concatenate([fours, panels[panel, whole:, column]], -1)
 
 
 def project_all(x: jax.Array, kernels: Sequence[Packed]) -> tuple[jax.Array, ...]:
@@ -199,7 +238,7 @@ def pack(params: Params, kind: str = "packed") -> Params:
 
     >>> params = {"up": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
     >>> small = pack(params, "int8")
-    >>> small["up"]["kernel"].panels.dtype, small["up"]["bias"].dtype
+    >>> small["up"]["kernel"].held, small["up"]["bias"].dtype
     (dtype('int8'), dtype('float32'))
     >>> unpack(small, rounded=True)["up"]["kernel"].shape
     (4, 6)
@@ -254,6 +293,7 @@ def pack_leaf(path: str, leaf: Any, kind: str, tied: bool) -> Any:
     # a compiler that sees bfloat16 widens a whole table to read a row of it, and whole
     # matrices before a loop; bits it leaves alone
     panels = panels.view(np.uint16) if panels.dtype == ml_dtypes.bfloat16 else panels
+    panels = _in_fours(panels) if fast and panels.dtype == np.int8 else panels
     return Packed(
         jnp.asarray(panels),
         None if scale is None else jnp.asarray(scale),

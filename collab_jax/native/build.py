@@ -28,13 +28,14 @@ import jaxlib
 
 from collab_jax.cache import cache
 
-SETS = "best", "generic", "avx2", "avx512", "neon"  # in the order of sets.h
+SETS = "best", "generic", "avx2", "avx512", "vnni", "neon"  # in the order of sets.h
 UNITS = "product.cc", "attention.cc"
 SOURCES = (
     *UNITS,
     "product.h",
     "attention.h",
     "sets.h",
+    "digits.h",
     "share.h",
     "arrays.h",
     "panel.inc",

@@ -20,8 +20,8 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
   const Led left{x->dimensions(), lead};
   const int64_t rows = left.own(0), depth = left.own(1);
   const auto kind = operands.get<ffi::AnyBuffer>(1)->element_type();
-  if (kind != ffi::F32 && kind != ffi::U16 && kind != ffi::S8)
-    return wrong("panels are neither float32, uint16 nor int8");
+  if (kind != ffi::F32 && kind != ffi::U16 && kind != ffi::U8)
+    return wrong("panels are neither float32, uint16 nor uint8");
   const Type type = kind == ffi::F32    ? Type::float32
                     : kind == ffi::U16 ? Type::bfloat16
                                         : Type::int8;
@@ -61,8 +61,8 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
         const int64_t begin = rows * each * block / blocks;
         const int64_t end = rows * each * (block + 1) / blocks;
         found.push_back(
-            {x->typed_data<float>() + left.offset(member, all) + begin * depth,
-             end - begin,
+            {{x->typed_data<float>() + left.offset(member, all) + begin * depth, nullptr,
+              end - begin},
              static_cast<const char*>(w->untyped_data()) +
                  right.offset(member, all) * bytes_of(type),
              scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -18,8 +20,7 @@ namespace collab_jax {
 
 // y[rows, width] = x[rows, K] times the panels of one matrix.
 struct Product {
-  const float* x;
-  int64_t rows;
+  Rows rows;
   const char* panels;
   const float* scale;  // null: 1
   float* y;
@@ -37,11 +38,16 @@ class Job {
         bytes_(depth * PANEL * bytes_of(type)),
         products_(std::move(products)) {
     for (const Product& product : products_) pieces.total += product.count();
+    if (in_digits(set, type)) turn_later();
   }
 
-  // How many threads have enough to do; sets how many panels one claims at a time.
+  // How many threads have enough to do; sets how many panels one claims at a time: the
+  // more rows, the more work is a panel.
   int64_t share(int64_t threads) {
-    const int64_t least = std::max<int64_t>(1, CHUNK / std::max<int64_t>(bytes_, 1));
+    int64_t rows = 1;
+    for (const Product& product : products_) rows = std::max(rows, product.rows.count);
+    const int64_t work = std::max<int64_t>(bytes_, 1) * ((rows + 3) / 4);
+    const int64_t least = std::max<int64_t>(1, CHUNK / work);
     claim_ = std::max<int64_t>(1, std::min(least, pieces.total / (4 * threads)));
     return std::min(threads, (pieces.total + least - 1) / least);
   }
@@ -50,6 +56,11 @@ class Job {
   // present ones, so that it is known what to ask the memory for: what lies behind a
   // claim is the claim of another thread.
   void work() {
+    for (int64_t row = turns_.claim(1); row < turns_.total; row = turns_.claim(1)) {
+      turned(turned_[row], depth_, digits_.get() + row * spans(depth_));
+      turns_.done(1);
+    }
+    turns_.wait();
     for (int64_t begin = pieces.claim(claim_), then; begin < pieces.total; begin = then) {
       const int64_t end = std::min(begin + claim_, pieces.total);
       for (int64_t i = begin; i + 1 < end; ++i) one(i, i + 1);
@@ -62,6 +73,23 @@ class Job {
   Pieces pieces;  // panels
 
  private:
+  // Finds a place for the digits of every row; products of the same rows share them.
+  void turn_later() {
+    std::map<std::pair<const float*, int64_t>, int64_t> known;
+    std::vector<int64_t> places;
+    for (const Product& product : products_) {
+      const auto [x, rows] = std::pair(product.rows.x, product.rows.count);
+      const auto [place, added] = known.emplace(std::pair(x, rows), turned_.size());
+      for (int64_t row = 0; added && row < rows; ++row)
+        turned_.push_back(x + row * depth_);
+      places.push_back(place->second);
+    }
+    turns_.total = turned_.size();
+    digits_.reset(new Digits[turned_.size() * spans(depth_)]);
+    for (size_t n = 0; n < places.size(); ++n)
+      products_[n].rows.digits = digits_.get() + places[n] * spans(depth_);
+  }
+
   // The product that a panel belongs to, and which of its panels it is.
   std::pair<const Product*, int64_t> find(int64_t i) const {
     const Product* product = products_.data();
@@ -77,7 +105,7 @@ class Job {
       following = next->panels + place * bytes_;
     }
     const int64_t at = own * PANEL;
-    panel_(product->x, product->rows, depth_, product->panels + own * bytes_, following,
+    panel_(product->rows, depth_, product->panels + own * bytes_, following,
            product->scale ? product->scale + at : nullptr, product->y + at,
            product->width, std::min<int64_t>(product->width - at, PANEL));
   }
@@ -86,6 +114,10 @@ class Job {
   int64_t depth_, bytes_;
   std::vector<Product> products_;
   int64_t claim_ = 1;
+
+  Pieces turns_;  // rows that become digits, before any panel is read
+  std::vector<const float*> turned_;
+  std::unique_ptr<Digits[]> digits_;
 };
 
 }  // namespace collab_jax

@@ -37,9 +37,10 @@ def products(
     Args:
       x: `[R, K]` float32.
       panels: for each matrix `[P, K, 32]` float32, uint16 (the bits of bfloat16) or
-        int8, all of one type; column 32 p + c of the matrix is `[p, :, c]`, and what
-        lies behind column N - 1 is not read into a result.
-      scales: for int8 `[N]` float32 for each matrix, otherwise none.
+        uint8 (for int8, see panel.inc), all of one type; column 32 p + c of the
+        matrix is `[p, :, c]`, and what lies behind column N - 1 is not read into a
+        result.
+      scales: for uint8 `[N]` float32 for each matrix, otherwise none.
       results: `[R, N]` float32 of each matrix; inside of a `shard_map` they say over
         which axes the results vary, as `jax.eval_shape` of the plain form does.
       using: from `library`; None is what that says now.

@@ -28,7 +28,7 @@
 namespace collab_jax {
 
 enum class Type { float32, bfloat16, int8 };
-enum class Set { best, generic, avx2, avx512, neon };
+enum class Set { best, generic, avx2, avx512, vnni, neon };
 
 constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
@@ -52,10 +52,12 @@ constexpr int SLOTS = 64;         // slots whose keys and values stay in the nea
 using Read = void (*)(const Head&, int64_t, const float* const*, const bool* const*,
                       float* const*);
 
-// x, its rows, K, a panel, what will be read after it or null, its scales or null, y, the
-// row stride of y, columns to write
-using Panel = void (*)(const float*, int64_t, int64_t, const void*, const void*,
-                       const float*, float*, int64_t, int64_t);
+#include "digits.h"
+
+// x, K, a panel, what will be read after it or null, its scales or null, y, the row
+// stride of y, columns to write
+using Panel = void (*)(const Rows&, int64_t, const void*, const void*, const float*,
+                       float*, int64_t, int64_t);
 
 namespace generic {
 typedef int32_t Wide __attribute__((vector_size(16)));
@@ -123,6 +125,8 @@ inline bool supports(Set set) {
     case Set::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Set::avx512: return supports(Set::avx2) && __builtin_cpu_supports("avx512f");
+    case Set::vnni:
+      return supports(Set::avx512) && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
     case Set::neon: return true;
 #endif
@@ -132,10 +136,10 @@ inline bool supports(Set set) {
 
 // What a set has: `f` is one of the functions of its namespace.
 #if defined(__x86_64__)
-#define OF_SET(set, f, type)                        \
-  ((set) == Set::avx2     ? avx2::f(type)           \
-   : (set) == Set::avx512 ? avx512::f(type)         \
-                          : generic::f(type))
+#define OF_SET(set, f, type)                                    \
+  ((set) == Set::avx2                           ? avx2::f(type)   \
+   : (set) == Set::avx512 || (set) == Set::vnni ? avx512::f(type) \
+                                                : generic::f(type))
 #elif defined(__aarch64__)
 #define OF_SET(set, f, type) ((set) == Set::neon ? neon::f(type) : generic::f(type))
 #else
@@ -145,12 +149,20 @@ inline bool supports(Set set) {
 // The set itself, or in place of `best` the best that this processor supports.
 inline Set resolved(Set set) {
   if (set != Set::best) return set;
-  for (Set better : {Set::avx512, Set::avx2, Set::neon})
+  for (Set better : {Set::vnni, Set::avx512, Set::avx2, Set::neon})
     if (supports(better)) return better;
   return Set::generic;
 }
 
+// Whether products of a type are those of digits.h, whose rows are turned first.
+inline bool in_digits(Set set, Type type) {
+  return resolved(set) == Set::vnni && type == Type::int8;
+}
+
 inline Panel panel_of(Set set, Type type) {
+#if defined(__x86_64__)
+  if (in_digits(set, type)) return vnni::panel;
+#endif
   return OF_SET(resolved(set), panel_of, type);
 }
 

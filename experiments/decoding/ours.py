@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import decode, score, tree
+from collab_jax import decode, law, score, tree
 from collab_jax.io.load import Model, load
 from collab_jax.lm import LM, language_model
 from collab_jax.models import transformer
@@ -186,7 +186,7 @@ class Wide:
             def one(_, carry):
                 state, tokens = carry
                 out, state = lm.extend(params, state, tokens)
-                best = out.logits.argmax(-1).astype(tokens.dtype)
+                best = law.best(out.logits)
                 return lm.rewind(state, jnp.array([tokens.shape[1]])), best
 
             return jax.lax.fori_loop(0, self.ROUNDS, one, (state, tokens))[1]
