@@ -18,8 +18,8 @@ Hardware: two CPU cores, 14 GiB, two processes: `cross` 38 minutes, `proposers` 
 few cases of it).
 Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts: all 1,020 of
 `proposers` and all 912 of `cross` equal; of `targets` 539 of 540, and a penalised text
-leaves where its two best candidates lie 8e-6 apart; of `alone` the first 12 of 25 cases
-were run, all 720 equal, with the calls of batches of 8. Tokens a call with drafts of
+leaves where its two best candidates lie 8e-6 apart; of `alone` the first 14 of 25 cases
+were run, all 840 equal, with the calls of batches of 8. Tokens a call with drafts of
 four: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65, recycling
 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as an early
 exit 1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77), heads and
