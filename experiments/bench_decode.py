@@ -136,8 +136,7 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     torch = "transformers float32 eager", "transformers float32 compiled"
     lines = []
 
-    def bar(what: str, own: str, peers: tuple[str, ...], least: float, **given) -> None:
-        batch, rate = given.get("batch", 1), given.get("rate", "decode")
+    def bar(what, own, peers, least, batch=1, rate="decode") -> None:
         known = [rates[x, batch][rate] for x in peers if (x, batch) in rates]
         if (own, batch) in rates and known:
             value = rates[own, batch][rate] / max(known)

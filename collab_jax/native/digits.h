@@ -144,7 +144,8 @@ static void panel(const Rows& rows, int64_t depth, const void* weights,
       const int64_t count = std::min<int64_t>(fours - k, LONG);
       const bool last = k + LONG >= fours;
       const auto* next = (const char*)(last ? following : w + (k + LONG) * PANEL);
-      Ahead ahead{next ? next : (const char*)w, count * PANEL / 256 * 64, 0};
+      // later rows find it there
+      Ahead ahead{next, first || !next ? 0 : count * PANEL / 256 * 64, 0};
       for (int64_t row = 0, left = passes; left; --left) {
         const int64_t size = (group - row) / left;
         TILES[size - 1](rows.digits + (first + row) * blocks + k / SPAN, blocks,
