@@ -96,6 +96,20 @@ def visible(
     return (slot < length[:, None])[:, None, :] | (inside[:, None, :] & reach)
 
 
+def held(dtype: Any) -> Any:
+    """The type of a buffer for values of a type: the same, but float32 on a CPU.
+
+    XLA:CPU has no updates of shorter floats: each would widen the whole buffer, and
+    narrow it again (0.7 ms a token for keys and values of 8,192 slots of 192 numbers,
+    against 0.02 ms; measured on jaxlib 0.10.2). Values stay what they were rounded to.
+
+    >>> held(jnp.float32) == jnp.float32, held(jnp.int32) == jnp.int32
+    (True, True)
+    """
+    short = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.float32 if short and jax.default_backend() == "cpu" else dtype
+
+
 def write(
     buffer: jax.Array, values: jax.Array, length: jax.Array, axis: int = 1
 ) -> jax.Array:

@@ -134,6 +134,8 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     rates = {(line["engine"], line["batch"]): line for line in found["table"]}
     wide = {(line["kind"], line["tokens"]): line["seconds"] for line in found["costs"]}
     torch = "transformers float32 eager", "transformers float32 compiled"
+    half = [name.replace("float32", "bfloat16") for name in torch]
+    whole = f"ours {ours.WHOLE}"
     lines = []
 
     def bar(what, own, peers, least, batch=1, rate="decode") -> None:
@@ -150,12 +152,18 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     bar("float32 over llama.cpp f32", "ours packed", ("llama.cpp f32",), 1.0)
     bar("bfloat16 over plain float32", "ours bfloat16", ("ours plain",), 2.0)
     bar("bfloat16 over llama.cpp bf16", "ours bfloat16", ("llama.cpp bf16",), 0.9)
+    bar(f"{ours.WHOLE} over plain float32", whole, ("ours plain",), 2.0)
+    bar(f"{ours.WHOLE} over llama.cpp bf16", whole, ("llama.cpp bf16",), 0.9)
     bar("int8 over llama.cpp q8_0", "ours int8", ("llama.cpp q8_0",), 0.9)
     for batch in (1, 8):
         what = f"prompt, float32, batch {batch}, over the best peer"
         all_of = (*torch, "llama.cpp f32")
         bar(what, "ours packed", all_of, 1.0, batch=batch, rate="prefill")
-    for kind in ("packed", "bfloat16", "int8"):
+        what = f"prompt, {ours.WHOLE}, batch {batch}, over the best peer"
+        bar(what, whole, (*half, "llama.cpp bf16"), 1.0, batch=batch, rate="prefill")
+        what = f"prompt, int8, batch {batch}, over llama.cpp q8_0"
+        bar(what, "ours int8", ("llama.cpp q8_0",), 1.0, batch=batch, rate="prefill")
+    for kind in ours.KINDS[1:]:
         if (kind, 8) in wide:
             value = wide[kind, 8] / wide[kind, 1]
             what = f"8 tokens over one, {kind}, at most"

@@ -52,6 +52,8 @@ def decoding(found: Found) -> Iterator[Line]:
         ("float32", "ours packed", ["llama.cpp f32"]),
         ("bfloat16", "ours bfloat16", bfloat16),
         ("bfloat16", "ours bfloat16", ["llama.cpp bf16"]),
+        ("bfloat16 throughout", "ours bfloat16 throughout", bfloat16),
+        ("bfloat16 throughout", "ours bfloat16 throughout", ["llama.cpp bf16"]),
         ("int8", "ours int8", ["llama.cpp q8_0"]),
     ]
     for key, what in (("decode", "new tokens"), ("prefill", "tokens of the prompt")):
@@ -72,7 +74,7 @@ def decoding(found: Found) -> Iterator[Line]:
     for x in (x for x in found["table"] if x["batch"] == 1 and "of the limit" in x):
         kind, share = x["engine"].removeprefix("ours "), x["of the limit"]
         yield Line(
-            f"{name_of(found)}, {kind} weights, batch 1, over the limit of the memory",
+            f"{name_of(found)}, {_said(kind)}, batch 1, over the limit of the memory",
             f"{x['decode']:.1f}",
             f"limit: {x['decode'] / share:.1f}",
             f"{share:.2f}",
@@ -82,12 +84,16 @@ def decoding(found: Found) -> Iterator[Line]:
     for kind in dict.fromkeys(x["kind"] for x in found["costs"]):
         eight, one = 1e3 * costs[kind, 8], 1e3 * costs[kind, 1]
         yield Line(
-            f"{name_of(found)}, {kind} weights, a call of 8 tokens over one of 1, ms",
+            f"{name_of(found)}, {_said(kind)}, a call of 8 tokens over one of 1, ms",
             f"{eight:.1f} over {one:.1f}",
             "",
             f"{eight / one:.2f}",
             str(sum(x["kind"] == kind and x["tokens"] == 1 for x in found["widths"])),
         )
+
+
+def _said(kind: str) -> str:
+    return kind if " " in kind else f"{kind} weights"
 
 
 def name_of(found: Found) -> str:

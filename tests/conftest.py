@@ -100,7 +100,7 @@ def read_in_blocks(monkeypatch):
         jax.clear_caches()
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "vnni", "neon"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "vnni", "bf16", "neon"])
 def instructions(request, monkeypatch):
     """Each instruction set of this processor, in turn."""
     from collab_jax import native

@@ -5,6 +5,7 @@ import json
 import families
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -18,7 +19,7 @@ from collab_jax.io.load import load, save
 from collab_jax.lm import language_model
 from collab_jax.merge import memory
 from collab_jax.merge.stack import chain
-from collab_jax.models import linear, lora, marian, parallel_heads
+from collab_jax.models import layout, linear, lora, marian, parallel_heads
 from collab_jax.models.marian_config import MarianConfig
 from collab_jax.models.packed import Packed, pack, unpack
 
@@ -293,3 +294,18 @@ def test_other_matrices_are_another_run(tiny, tmp_path):
     assert run("generate", tiny, *files, "--matrices", "int8").exit_code == 0
     assert run("generate", tiny, *files, "--matrices", "int8").exit_code == 0
     assert "matrices" in refused("generate", tiny, *files)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
+def test_panels_hold_every_number_where_it_is_looked_for(dtype, native):
+    draw = np.random.default_rng(0).integers
+    for depth, size, columns in ((1, 1, 32), (5, 33, 32), (6, 70, 32), (7, 9, 4)):
+        whole = draw(-127, 128, (2, depth, size)).astype(dtype)
+        laid = jnp.asarray(layout.lay(whole, columns, native))
+        assert layout.held(laid) == whole.dtype
+        wide = whole.astype(np.float32)
+        np.testing.assert_array_equal(layout.matrix(laid, size), wide)
+        chosen = draw(0, size, (3, 2))
+        found = layout.columns(laid[0], jnp.asarray(chosen))
+        np.testing.assert_array_equal(found, wide[0].T[chosen])

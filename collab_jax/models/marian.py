@@ -250,7 +250,7 @@ def marian(config: MarianConfig) -> Backbone:
 
     def start(params, batch, capacity):
         shape = (batch, c.heads, capacity, c.head_size)
-        dtype = params[0]["embed"]["embedding"].dtype
+        dtype = slots.held(params[0]["embed"]["embedding"].dtype)
 
         def buffers():
             return tuple(jnp.zeros(shape, dtype) for _ in range(c.layers))

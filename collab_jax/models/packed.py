@@ -14,7 +14,9 @@ again, and merging and training refuse what is packed.
   costs little more than a token (two Zen cores).
 - bfloat16 is widened in the registers, and so is int8, or activations become whole
   numbers of 24 bits where a processor multiplies bytes; sums are as near as those of
-  float32. Only the weights are rounded: activations of 8 bits change texts.
+  float32. Only the weights are rounded: activations of 8 bits change texts. Where the
+  model itself computes in bfloat16, its activations meet weights of bfloat16 as they
+  are if the processor multiplies such pairs, at twice the rate.
 - On other devices than a CPU, and without the library, the plain form computes: a
   matrix is one panel then.
 
@@ -35,6 +37,7 @@ import numpy as np
 
 from collab_jax import native, tree
 from collab_jax.lm import Params
+from collab_jax.models import layout
 
 KINDS = "packed", "bfloat16", "int8"
 # kernels, the experts' among them, but not of a router: it is small, and it decides
@@ -51,11 +54,10 @@ EMBEDDING = "embed/embedding"
 class Packed:
     """A weight matrix `[K, N]` as panels of C columns; made by `pack`.
 
-    Column `C p + c` is `panels[p, :, c] * scale[C p + c]`. The library takes int8 as
-    uint8, `_in_fours`.
+    Column n is that of the panels times `scale[n]`.
     """
 
-    panels: Any  # [..., P, K, C] float32, int8, uint16 (the bits of bfloat16) or uint8
+    panels: Any  # [..., P, K, C], see `layout.lay`
     scale: Any  # [..., N] float32 for int8, otherwise None
     size: int  # N
     dtype: np.dtype  # of the matrix that was packed
@@ -64,8 +66,7 @@ class Packed:
     @property
     def held(self) -> np.dtype:
         """The type of the numbers in the panels."""
-        known = {jnp.uint16: jnp.bfloat16, jnp.uint8: jnp.int8}
-        return np.dtype(known.get(self.panels.dtype.type, self.panels.dtype))
+        return layout.held(self.panels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,13 +77,7 @@ class Packed:
 
     def matrix(self) -> jax.Array:
         """`[..., K, N]` float32, without the scale."""
-        *lead, count, depth, columns = self.panels.shape
-        panels = self.panels
-        if panels.dtype == jnp.uint8:
-            panels = _one_by_one(panels)
-        wide = jnp.moveaxis(panels, -3, -2)
-        wide = wide.reshape(*lead, depth, count * columns)
-        return _widened(wide[..., : self.size])
+        return layout.matrix(self.panels, self.size)
 
     def unpack(self) -> jax.Array:
         """The matrix in its type, exact where the panels have that type."""
@@ -101,52 +96,10 @@ class Packed:
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding."""
-        rows = _widened(_columns(self.panels, tokens))
+        rows = layout.columns(self.panels, tokens)
         if self.scale is not None:
             rows = rows * self.scale[tokens][..., None]
         return rows.astype(self.dtype)
-
-
-def _widened(panels: jax.Array) -> jax.Array:
-    """The numbers of panels in float32."""
-    if panels.dtype == jnp.uint16:
-        panels = jax.lax.bitcast_convert_type(panels, jnp.bfloat16)
-    wide = panels.astype(jnp.float32)
-    return wide - 128 if panels.dtype == jnp.uint8 else wide
-
-
-def _in_fours(panels: np.ndarray) -> np.ndarray:
-    """Panels `[..., K, C]` of int8 as the native library reads them.
-
-    Bytes are q + 128. Of K four steps lie together, as `[K / 4, C, 4]`; up to three
-    that are left follow as they are.
-    """
-    *lead, depth, columns = panels.shape
-    panels, whole = (panels ^ np.int8(-128)).view(np.uint8), depth // 4 * 4
-    fours = panels[..., :whole, :].reshape(*lead, -1, 4, columns).swapaxes(-1, -2)
-    fours = fours.reshape(*lead, whole, columns)
-    return np.concatenate([fours, panels[..., whole:, :]], -2)
-
-
-def _one_by_one(panels: jax.Array) -> jax.Array:
-    """Takes `_in_fours` back, but for 128."""
-    *lead, depth, columns = panels.shape
-    whole = depth // 4 * 4
-    fours = panels[..., :whole, :].reshape(*lead, -1, columns, 4).mT
-    fours = fours.reshape(*lead, whole, columns)
-    return jnp.concatenate([fours, panels[..., whole:, :]], -2)
-
-
-def _columns(panels: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Columns of the matrix `[..., K]`, where they lie."""
-    count, depth, columns = panels.shape
-    panel, column = chosen // columns, chosen % columns
-    if panels.dtype != jnp.uint8:
-        return panels[panel, :, column]
-    whole = depth // 4 * 4
-    fours = panels[:, :whole].reshape(count, -1, columns, 4)[panel, :, column]
-    fours = fours.reshape(*chosen.shape, whole)
-    return jnp.concatenate([fours, panels[panel, whole:, column]], -1)
 
 
 def project_all(x: jax.Array, kernels: Sequence[Packed]) -> tuple[jax.Array, ...]:
@@ -168,8 +121,11 @@ def project_all(x: jax.Array, kernels: Sequence[Packed]) -> tuple[jax.Array, ...
 
 def _multiply(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
     """`[..., N]` float32 for each kernel."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fast = x.size > 0 and all(map(is_fast, kernels))
+    halves = fast and x.dtype == jnp.bfloat16 == kernels[0].held
+    if not (halves and native.library().halves):
+        flat = flat.astype(jnp.float32)
     found = (_fast if fast else _plain)(flat, kernels)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
 
@@ -181,7 +137,8 @@ def is_fast(kernel: Packed) -> bool:
     >>> is_fast(kernel) == native.available()
     True
     """
-    return kernel.panels.shape[-1] == native.LANES and native.available()
+    laid = kernel.panels.dtype in (np.dtype(np.float32), *layout.TOGETHER)
+    return laid and kernel.panels.shape[-1] == native.LANES and native.available()
 
 
 def _plain(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
@@ -289,13 +246,8 @@ def pack_leaf(path: str, leaf: Any, kind: str, tied: bool) -> Any:
     elif dtype not in (np.float32, ml_dtypes.bfloat16):
         return leaf
     size = matrix.shape[-1]
-    panels = _panels(matrix, native.LANES if fast else size)
-    # a compiler that sees bfloat16 widens a whole table to read a row of it, and whole
-    # matrices before a loop; bits it leaves alone
-    panels = panels.view(np.uint16) if panels.dtype == ml_dtypes.bfloat16 else panels
-    panels = _in_fours(panels) if fast and panels.dtype == np.int8 else panels
     return Packed(
-        jnp.asarray(panels),
+        jnp.asarray(layout.lay(matrix, native.LANES if fast else size, fast)),
         None if scale is None else jnp.asarray(scale),
         size,
         dtype,
@@ -332,17 +284,6 @@ def quantise(
     whole = np.rint(wide / scale[..., None, :])
     # a scale that is denormal is itself rounded
     return np.clip(whole, -127, 127).astype(np.int8), scale
-
-
-def _panels(matrix: np.ndarray, columns: int) -> np.ndarray:
-    """`[..., K, N]` as `[..., P, K, C]`, with zeros behind the last column."""
-    *lead, depth, size = matrix.shape
-    count = -(-size // columns) if size else 0
-    panels = np.zeros((*lead, count, depth, columns), matrix.dtype)
-    for p in range(count):
-        part = matrix[..., p * columns : (p + 1) * columns]
-        panels[..., p, :, : part.shape[-1]] = part
-    return panels
 
 
 def unpack(params: Params, rounded: bool = False) -> Params:

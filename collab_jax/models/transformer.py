@@ -281,7 +281,7 @@ def transformer(
     def start(params: Params, batch: int, capacity: int) -> KVCache:
         _check_reach(config, capacity)
         shape = (batch, config.kv_heads, capacity, config.head_size)
-        dtype = params["embed"]["embedding"].dtype
+        dtype = slots.held(params["embed"]["embedding"].dtype)
 
         def buffers():
             return tuple(jnp.zeros(shape, dtype) for _ in range(first, last))

@@ -28,7 +28,7 @@ import jaxlib
 
 from collab_jax.cache import cache
 
-SETS = "best", "generic", "avx2", "avx512", "vnni", "neon"  # in the order of sets.h
+SETS = "best", "generic", "avx2", "avx512", "vnni", "neon", "bf16"  # as in sets.h
 UNITS = "product.cc", "attention.cc"
 SOURCES = (
     *UNITS,
@@ -55,6 +55,7 @@ class Library(NamedTuple):
     digest: str | None  # tells it apart; a part of the names of its handlers
     set: int  # number of the instruction set to use
     reason: str
+    halves: bool = False  # whether rows may be bfloat16 where weights are
 
     def target(self, name: str) -> str:
         """What XLA knows a handler by.
@@ -125,7 +126,8 @@ def _library(value: str) -> Library:
         raise ValueError(
             f"COLLAB_JAX_NATIVE={value}: this processor does not have it; {reason}"
         )
-    return Library(digest, SETS.index(value), reason)
+    number = SETS.index(value)
+    return Library(digest, number, reason, bool(loaded.collab_jax_has_halves(number)))
 
 
 @functools.cache

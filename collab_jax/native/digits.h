@@ -13,7 +13,7 @@ struct Digits;  // of 128 steps of k, one row
 
 // The rows of a product.
 struct Rows {
-  const float* x;        // [count, K]
+  const void* x;         // [count, K] float32, or bfloat16
   const Digits* digits;  // [count, blocks], or null where the set does not want them
   int64_t count;
 };
@@ -134,6 +134,7 @@ static void panel(const Rows& rows, int64_t depth, const void* weights,
                   int64_t width) {
   constexpr int64_t MOST = 4;  // rows whose sums over all columns fit into the registers
   constexpr decltype(&tile<1>) TILES[] = {tile<1>, tile<2>, tile<3>, tile<MOST>};
+  const auto* x = static_cast<const float*>(rows.x);
   const auto* w = static_cast<const uint8_t*>(weights);
   const int64_t blocks = spans(depth), fours = depth / 4 * 4;
   for (int64_t first = 0; first < rows.count; first += GROUP) {
@@ -157,7 +158,7 @@ static void panel(const Rows& rows, int64_t depth, const void* weights,
       for (int at = 0; at < width; ++at) {
         float sum = sums[row * PANEL + at];
         for (int64_t k = fours; k < depth; ++k)
-          sum += rows.x[(first + row) * depth + k] * (float(w[k * PANEL + at]) - 128);
+          sum += x[(first + row) * depth + k] * (float(w[k * PANEL + at]) - 128);
         y[(first + row) * stride + at] = scale ? sum * scale[at] : sum;
       }
   }

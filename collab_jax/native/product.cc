@@ -6,7 +6,7 @@
 namespace collab_jax {
 namespace {
 
-// Operands: x [*lead, R, K]; n matrices of panels [*lead, P, K, 32]; for int8 their n
+// Operands: x [*lead, R, K] float32, or bfloat16 where the set has such; n matrices of panels [*lead, P, K, 32]; for int8 their n
 // scales [*lead, N]. Results: n times [*lead, R, N].
 ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operands,
                     ffi::RemainingRets results) {
@@ -14,17 +14,22 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
   const size_t count = results.size();
   if (count == 0 || operands.size() < 1 + count) return wrong("operands are missing");
   const auto x = operands.get<ffi::AnyBuffer>(0);
-  if (x.has_error() || x->element_type() != ffi::F32 || x->dimensions().size() < 2)
-    return wrong("x is not float32 [rows, K]");
+  const bool halves = !x.has_error() && x->element_type() == ffi::BF16;
+  if (x.has_error() || (x->element_type() != ffi::F32 && !halves) ||
+      x->dimensions().size() < 2)
+    return wrong("x is neither float32 nor bfloat16 [rows, K]");
   const size_t lead = x->dimensions().size() - 2;
   const Led left{x->dimensions(), lead};
   const int64_t rows = left.own(0), depth = left.own(1);
   const auto kind = operands.get<ffi::AnyBuffer>(1)->element_type();
   if (kind != ffi::F32 && kind != ffi::U16 && kind != ffi::U8)
     return wrong("panels are neither float32, uint16 nor uint8");
-  const Type type = kind == ffi::F32    ? Type::float32
-                    : kind == ffi::U16 ? Type::bfloat16
-                                        : Type::int8;
+  if (halves && !(kind == ffi::U16 && has_halves(Set(set))))
+    return wrong("x is bfloat16, and the panels or the instruction set are not");
+  const Type type = halves               ? Type::halves
+                    : kind == ffi::F32   ? Type::float32
+                    : kind == ffi::U16   ? Type::bfloat16
+                                         : Type::int8;
   const bool scaled = type == Type::int8;
   if (operands.size() != 1 + count * (scaled ? 2 : 1))
     return wrong("the number of operands does not fit the number of results");
@@ -61,8 +66,9 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
         const int64_t begin = rows * each * block / blocks;
         const int64_t end = rows * each * (block + 1) / blocks;
         found.push_back(
-            {{x->typed_data<float>() + left.offset(member, all) + begin * depth, nullptr,
-              end - begin},
+            {{static_cast<const char*>(x->untyped_data()) +
+                  (left.offset(member, all) + begin * depth) * (halves ? 2 : 4),
+              nullptr, end - begin},
              static_cast<const char*>(w->untyped_data()) +
                  right.offset(member, all) * bytes_of(type),
              scaled ? s->typed_data<float>() + scale.offset(member, all) : nullptr,
@@ -85,4 +91,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(collab_jax_products, collab_jax::products,
 // For Python: whether this processor has an instruction set.
 extern "C" int collab_jax_supports(int set) {
   return collab_jax::supports(collab_jax::Set(set));
+}
+
+// For Python: whether rows of a set may be bfloat16.
+extern "C" int collab_jax_has_halves(int set) {
+  return collab_jax::has_halves(collab_jax::Set(set));
 }

@@ -75,13 +75,13 @@ class Job {
  private:
   // Finds a place for the digits of every row; products of the same rows share them.
   void turn_later() {
-    std::map<std::pair<const float*, int64_t>, int64_t> known;
+    std::map<std::pair<const void*, int64_t>, int64_t> known;
     std::vector<int64_t> places;
     for (const Product& product : products_) {
       const auto [x, rows] = std::pair(product.rows.x, product.rows.count);
       const auto [place, added] = known.emplace(std::pair(x, rows), turned_.size());
       for (int64_t row = 0; added && row < rows; ++row)
-        turned_.push_back(x + row * depth_);
+        turned_.push_back(static_cast<const float*>(x) + row * depth_);
       places.push_back(place->second);
     }
     turns_.total = turned_.size();

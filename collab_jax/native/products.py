@@ -35,11 +35,10 @@ def products(
     share a matrix read it once. There is no derivative; what calls this has one.
 
     Args:
-      x: `[R, K]` float32.
-      panels: for each matrix `[P, K, 32]` float32, uint16 (the bits of bfloat16) or
-        uint8 (for int8, see panel.inc), all of one type; column 32 p + c of the
-        matrix is `[p, :, c]`, and what lies behind column N - 1 is not read into a
-        result.
+      x: `[R, K]` float32, or bfloat16 with panels of uint16 where `Library.halves`.
+      panels: for each matrix `[P, K, 32]` float32, uint16 (for bfloat16) or uint8 (for
+        int8), all of one type, as `models.layout.lay` makes them; what lies behind
+        column N - 1 is not read into a result.
       scales: for uint8 `[N]` float32 for each matrix, otherwise none.
       results: `[R, N]` float32 of each matrix; inside of a `shard_map` they say over
         which axes the results vary, as `jax.eval_shape` of the plain form does.

@@ -27,8 +27,10 @@
 
 namespace collab_jax {
 
-enum class Type { float32, bfloat16, int8 };
-enum class Set { best, generic, avx2, avx512, vnni, neon };
+// of weights; `halves` is bfloat16 where rows are bfloat16 as well, otherwise they are
+// float32
+enum class Type { float32, bfloat16, int8, halves };
+enum class Set { best, generic, avx2, avx512, vnni, neon, bf16 };
 
 constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
@@ -98,6 +100,18 @@ namespace avx512 {
 #undef WIDEN
 }  // namespace avx512
 TARGET_END
+
+TARGET_BEGIN("avx512f,avx512bf16,avx2,fma")
+namespace bf16 {
+#define LANES 16
+#define FEW 14
+#define HALVES
+#include "panel.inc"
+#undef LANES
+#undef FEW
+#undef HALVES
+}  // namespace bf16
+TARGET_END
 #endif
 
 #if defined(__aarch64__)
@@ -127,6 +141,8 @@ inline bool supports(Set set) {
     case Set::avx512: return supports(Set::avx2) && __builtin_cpu_supports("avx512f");
     case Set::vnni:
       return supports(Set::avx512) && __builtin_cpu_supports("avx512vnni");
+    case Set::bf16:
+      return supports(Set::vnni) && __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__)
     case Set::neon: return true;
 #endif
@@ -134,34 +150,39 @@ inline bool supports(Set set) {
   }
 }
 
-// What a set has: `f` is one of the functions of its namespace.
-#if defined(__x86_64__)
-#define OF_SET(set, f, type)                                    \
-  ((set) == Set::avx2                           ? avx2::f(type)   \
-   : (set) == Set::avx512 || (set) == Set::vnni ? avx512::f(type) \
-                                                : generic::f(type))
-#elif defined(__aarch64__)
-#define OF_SET(set, f, type) ((set) == Set::neon ? neon::f(type) : generic::f(type))
-#else
-#define OF_SET(set, f, type) generic::f(type)
-#endif
-
 // The set itself, or in place of `best` the best that this processor supports.
 inline Set resolved(Set set) {
   if (set != Set::best) return set;
-  for (Set better : {Set::vnni, Set::avx512, Set::avx2, Set::neon})
+  for (Set better : {Set::bf16, Set::vnni, Set::avx512, Set::avx2, Set::neon})
     if (supports(better)) return better;
   return Set::generic;
 }
 
 // Whether products of a type are those of digits.h, whose rows are turned first.
 inline bool in_digits(Set set, Type type) {
-  return resolved(set) == Set::vnni && type == Type::int8;
+  set = resolved(set);
+  return (set == Set::vnni || set == Set::bf16) && type == Type::int8;
 }
+
+// Whether rows may be bfloat16.
+inline bool has_halves(Set set) { return resolved(set) == Set::bf16; }
+
+// What a set has: `f` is one of the functions of its namespace.
+#if defined(__x86_64__)
+#define OF_SET(set, f, type)                    \
+  ((set) == Set::avx2      ? avx2::f(type)      \
+   : (set) == Set::generic ? generic::f(type)   \
+                           : avx512::f(type))
+#elif defined(__aarch64__)
+#define OF_SET(set, f, type) ((set) == Set::neon ? neon::f(type) : generic::f(type))
+#else
+#define OF_SET(set, f, type) generic::f(type)
+#endif
 
 inline Panel panel_of(Set set, Type type) {
 #if defined(__x86_64__)
   if (in_digits(set, type)) return vnni::panel;
+  if (type == Type::halves) return bf16::panel<bf16::Halves>;
 #endif
   return OF_SET(resolved(set), panel_of, type);
 }
@@ -169,7 +190,7 @@ inline Panel panel_of(Set set, Type type) {
 inline Read read_of(Set set, Type type) { return OF_SET(resolved(set), read_of, type); }
 
 inline int64_t bytes_of(Type type) {
-  return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 1;
+  return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2;
 }
 
 }  // namespace collab_jax

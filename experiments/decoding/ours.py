@@ -19,14 +19,15 @@ from collab_jax.models.packed import KINDS as PACKED
 from collab_jax.models.packed import pack, pack_leaf
 
 NAME = "smollm2-135m-instruct"
-KINDS = "plain", *PACKED
+WHOLE = "bfloat16 throughout"  # a model in bfloat16, not its matrices alone
+KINDS = "plain", *PACKED, WHOLE
 # Llama shapes with random weights, and the kinds that fit into 24 GiB together
 SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "1b": (
         {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
         | {"num_hidden_layers": 22, "num_attention_heads": 32}
         | {"num_key_value_heads": 4},
-        PACKED,
+        (*PACKED, WHOLE),
     ),
     "8b": (
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
@@ -73,17 +74,36 @@ def real(
     name: str, data: str | None, length: int, new: int, kinds: Sequence[str] = KINDS
 ) -> Subject:
     """A model of the hub in float32, in the kinds that are asked for."""
-    if len(kinds) == 1 and kinds[0] in PACKED:  # without the plain matrices beside them
-        model = load(name, dtype=jnp.float32, matrices=kinds[0])
+    if len(kinds) == 1 and kinds[0] != "plain":  # without plain matrices beside them
+        model = load(name, dtype=type_of(kinds[0]), matrices=matrices_of(kinds[0]))
         params = {kinds[0]: model.params}
     else:
         model = load(name, dtype=jnp.float32)
-        packed = {k: pack(model.params, k) for k in kinds if k in PACKED}
-        params = {"plain": model.params} | packed
+        params = {
+            kind: pack(cast(model.params, type_of(kind)), matrices_of(kind))
+            for kind in kinds
+            if kind != "plain"
+        }
+        params = {"plain": model.params} | params
     words = model.tokenizer(TEXT).input_ids
     prompt = (words * (2 * (length + 64) // len(words) + 1))[: length + 64]
     texts = [words] if data is None else _texts(Path(data), model.tokenizer)
     return Subject(model.lm, params, prompt, length, new, texts, model)
+
+
+def type_of(kind: str) -> Any:
+    """The type in which a kind computes."""
+    return jnp.bfloat16 if kind == WHOLE else jnp.float32
+
+
+def matrices_of(kind: str) -> str:
+    """How the matrices of a kind are packed."""
+    return "bfloat16" if kind == WHOLE else kind
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Parameters in another type."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def shape(name: str, length: int, new: int, kinds: Sequence[str]) -> Subject:
@@ -97,9 +117,10 @@ def shape(name: str, length: int, new: int, kinds: Sequence[str]) -> Subject:
     def leaf(path, like, kind):
         names = tree.path_string(path)
         if like.ndim < 2:
-            return jnp.ones(like.shape, jnp.float32)
+            return jnp.ones(like.shape, type_of(kind))
         tensor = np.resize(drawn * like.shape[0] ** -0.5, like.shape)
-        return pack_leaf(names, jnp.asarray(tensor), kind, False)
+        tensor = jnp.asarray(tensor, type_of(kind))
+        return pack_leaf(names, tensor, matrices_of(kind), False)
 
     params = {
         kind: jax.tree_util.tree_map_with_path(partial(leaf, kind=kind), shapes)
@@ -117,6 +138,7 @@ def toy() -> Subject:
     config = from_hf(raw | {"tie_word_embeddings": True})
     params = transformer.init(jax.random.key(0), config)
     kinds = {"plain": params} | {kind: pack(params, kind) for kind in PACKED}
+    kinds[WHOLE] = pack(cast(params, jnp.bfloat16), "bfloat16")
     words = list(TEXT.encode())
     lm = language_model(transformer.transformer(config))
     return Subject(lm, kinds, words[:96], 33, 4, [words[:60]], None)

@@ -30,7 +30,7 @@ def show(found: dict[str, Any]) -> None:
     print("\nmilliseconds of a call of T tokens, and over one")
     for x in found["costs"]:
         if x["tokens"] == 1:
-            print(f"\n{x['kind']:10}", end="")
+            print(f"\n{x['kind']:20}", end="")
         print(
             f"  {x['tokens']:2}: {1e3 * x['seconds']:7.2f} ({x['over one']:.2f})",
             end="",
@@ -39,14 +39,14 @@ def show(found: dict[str, Any]) -> None:
     for kind, loss in found["losses"].items():
         more = loss - found["losses"]["plain"]
         print(
-            f"{kind:10}{loss:9.4f} ({more:+.5f}), {found['bytes'][kind] / 1e6:.0f} MB"
+            f"{kind:20}{loss:9.4f} ({more:+.5f}), {found['bytes'][kind] / 1e6:.0f} MB"
         )
     for name, reason in found["failed"].items():
         print(f"{name} failed: {reason}")
     print()
     for x in found["bars"]:
         held = "held" if x["held"] else "NOT HELD"
-        print(f"{x['what']:44}{x['value']:6.2f}  bar {x['bar']}: {held}")
+        print(f"{x['what']:56}{x['value']:6.2f}  bar {x['bar']}: {held}")
 
 
 def draw(pyplot: Any, found: dict[str, Any]) -> Any:

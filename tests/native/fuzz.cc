@@ -63,22 +63,22 @@ struct Fuzz {
     const int64_t rows = upto(upto(8) ? 18 : 120), depth = upto(upto(4) ? 70 : 600);
     const int64_t width = upto(upto(4) ? 100 : 700), panels = (width + PANEL - 1) / PANEL;
     const int64_t size = panels * depth * PANEL;
-    Exact<float> x(rows * depth), scale(width), y(rows * width);
+    const Type own_type = type == Type::halves ? type : Type::float32;  // of rows
+    Exact<char> x(rows * depth * bytes_of(own_type));
+    Exact<float> scale(width), y(rows * width);
     Exact<uint8_t> w(size * bytes_of(type));
-    std::vector<double> value(size);
-    for (int64_t i = 0; i < rows * depth; ++i) x.data[i] = normal();
+    std::vector<double> row(rows * depth), value(size);
+    for (int64_t i = 0; i < rows * depth; ++i)
+      row[i] = number(own_type, x.data + i * bytes_of(own_type));
     for (int64_t i = 0; i < width; ++i) scale.data[i] = 0.5f + upto(8);
     for (int64_t i = 0; i < rows * width; ++i) y.data[i] = NAN;
+    // [K / steps, 32, steps], and the last steps one by one
+    const int64_t steps = 4 / bytes_of(type), whole = depth / steps * steps * PANEL;
     for (int64_t i = 0; i < size; ++i) {
-      if (type != Type::int8) {
-        value[i] = number(type, w.data + i * bytes_of(type));
-      } else {  // [K / 4, 32, 4], and the last steps one by one
-        const int64_t own = i % (depth * PANEL), whole = depth / 4 * 4 * PANEL;
-        const int64_t k = own / (4 * PANEL) * 4 + own % 4, column = own % (4 * PANEL) / 4;
-        const int64_t place = own < whole ? k * PANEL + column : own;
-        w.data[i] = uint8_t(upto(255));
-        value[i - own + place] = w.data[i] - 128;
-      }
+      const int64_t own = i % (depth * PANEL), word = own % (steps * PANEL);
+      const int64_t k = own / (steps * PANEL) * steps + word % steps;
+      const int64_t place = own < whole ? k * PANEL + word / steps : own;
+      value[i - own + place] = number(type, w.data + i * bytes_of(type));
     }
     const bool scaled = type == Type::int8;
     if (other) {
@@ -101,13 +101,13 @@ struct Fuzz {
         double sum = spoilt ? 1 : 0, size_of_sum = 0, largest = 0;
         for (int64_t k = 0; k < depth; ++k) {
           const double weight = value[(n / PANEL * depth + k) * PANEL + n % PANEL];
-          const double term = x.data[r * depth + k] * weight;
+          const double term = row[r * depth + k] * weight;
           sum += term;
           size_of_sum += std::fabs(term);
           if (!in_digits(set, type) || other) continue;
           if (k % SPAN == 0) largest = 0;
           for (int64_t i = k; k % SPAN == 0 && i < std::min(k + SPAN, depth); ++i)
-            largest = std::max<double>(largest, std::fabs(x.data[r * depth + i]));
+            largest = std::max(largest, std::fabs(row[r * depth + i]));
           size_of_sum += largest * std::fabs(weight) / 12;  // 3e-6 of it are 2^-22
         }
         const double factor = scaled ? scale.data[n] : 1;
@@ -196,6 +196,10 @@ struct Fuzz {
 
   // Writes a random number of a type; returns what was written.
   double number(Type type, void* to) {
+    if (type == Type::int8) {  // a byte is w + 128
+      *(uint8_t*)to = uint8_t(upto(255));
+      return *(uint8_t*)to - 128;
+    }
     const float draw = normal();
     uint32_t bits;
     std::memcpy(&bits, &draw, 4);
@@ -213,16 +217,16 @@ int main(int given, char** arguments) {
   int wrong = 0, total = 0;
   const auto count = [&](bool right) { wrong += !right, ++total; };
   for (int run = 0; run < runs; ++run)
-    for (Type type : {Type::float32, Type::bfloat16, Type::int8}) {
-      for (Set set : {Set::best, Set::generic, Set::avx2, Set::avx512, Set::vnni, Set::neon}) {
-        if (!supports(set)) continue;
+    for (Type type : {Type::float32, Type::bfloat16, Type::int8, Type::halves}) {
+      const bool cached = type == Type::float32 || type == Type::bfloat16;
+      for (Set set : {Set::best, Set::generic, Set::avx2, Set::avx512, Set::vnni, Set::neon,
+                      Set::bf16}) {
+        if (!supports(set) || (type == Type::halves && !has_halves(set))) continue;
         count(fuzz.one(set, type, 1 + fuzz.upto(3), nullptr));
-        if (type == Type::int8) continue;  // no cache has it
-        count(fuzz.attention(set, type, 1 + fuzz.upto(3), nullptr));
+        if (cached) count(fuzz.attention(set, type, 1 + fuzz.upto(3), nullptr));
       }
-      count(fuzz.one(Set::best, type, 1, wide::panel_of(type)));
-      if (type == Type::int8) continue;
-      count(fuzz.attention(Set::best, type, 1, wide::read_of(type)));
+      if (type != Type::halves) count(fuzz.one(Set::best, type, 1, wide::panel_of(type)));
+      if (cached) count(fuzz.attention(Set::best, type, 1, wide::read_of(type)));
     }
   std::printf("%d of %d results are wrong\n", wrong, total);
   return wrong == (fuzz.spoilt ? total : 0) ? 0 : 1;
