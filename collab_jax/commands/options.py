@@ -15,7 +15,8 @@ dtype = click.option(
     type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
-    help="Type of parameters and cache; stored: as the checkpoint has it.",
+    help="Type of parameters and cache (a CPU caches in float32); stored: as the "
+    "checkpoint has it.",
 )
 
 matrices = click.option(
