@@ -43,3 +43,28 @@ def test_rows_of_bfloat16_need_a_set_that_has_them(instructions):
     else:
         with pytest.raises(Exception, match="x is bfloat16, and the panels or the"):
             jax.block_until_ready(native.products(x, [panels], [], [half]))
+
+
+@needed
+def test_members_and_derivatives():
+    """Stacked matrices, a shared one, and the slope that the plain form has."""
+    stacked, matrices = made("bfloat16", 3, 20, 37)
+    one, matrix = made("bfloat16", 20, 37, seed=5)
+    x = jnp.asarray(outlying(1, 6, 20).reshape(3, 2, 20), jnp.bfloat16)
+    wide = np.asarray(x, float)
+
+    def product(x, kernel):
+        return kernel.attend(x)
+
+    for axes, rows, kernel, given, weights in (
+        ((0, 0), x, stacked, wide, matrices),
+        ((None, 0), x[0], stacked, wide[[0, 0, 0]], matrices),
+        ((0, None), x, one, wide, [matrix] * 3),
+    ):
+        found = jax.jit(jax.vmap(product, axes))(rows, kernel)
+        for y, own, member in zip(found, given, weights, strict=True):
+            near(y, own @ member, own, member)
+    slope = jax.grad(lambda x: kernel.attend(x).sum())(x[0])
+    assert slope.dtype == jnp.bfloat16
+    expected = np.broadcast_to(matrix.sum(1), (2, 20))
+    np.testing.assert_allclose(np.asarray(slope, float), expected, rtol=2**-7)

@@ -6,8 +6,9 @@
 namespace collab_jax {
 namespace {
 
-// Operands: x [*lead, R, K] float32, or bfloat16 where the set has such; n matrices of panels [*lead, P, K, 32]; for int8 their n
-// scales [*lead, N]. Results: n times [*lead, R, N].
+// Operands: x [*lead, R, K] float32, or bfloat16 where the set has such; n matrices of
+// panels [*lead, P, K, 32]; for int8 their n scales [*lead, N]. Results: n times
+// [*lead, R, N].
 ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operands,
                     ffi::RemainingRets results) {
   if (!supports(Set(set))) return wrong("this processor lacks the instruction set");
