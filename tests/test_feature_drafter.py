@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax import decode, law
+from collab_jax import decode, law, slots
 from collab_jax.cooperate.efficient import growth
 from collab_jax.cooperate.efficient.draft import Verified
 from collab_jax.cooperate.efficient.feature_drafter import feature_drafter
+from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.cooperate.efficient.topology import grow
 from collab_jax.lm import Features, Out
@@ -131,6 +132,23 @@ def test_features_shifted_by_one_are_seen():
 
     shifted = feature_drafter(BACKBONE, LAYER._replace(see=see), growth.chain(2))
     assert off(shifted, own, rounds=1)[0] > 0.1
+
+
+def test_a_model_in_bfloat16():
+    """What it guesses is near what the same layer guesses in float32."""
+    params = small.NEW_LAYER, BASE
+    short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    drafter = feature_drafter(BACKBONE, LAYER, growth.chain(2))
+    text, length = decode.pad(PROMPTS)
+    wide, state = (drafter.init(p, text, length, 4) for p in (params, short))
+    assert state.guess.dtype == jnp.bfloat16
+    assert state.cache.k[0].dtype == slots.held(jnp.bfloat16)
+    gap = jnp.abs(wide.guess - state.guess).max(-1) / jnp.abs(wide.guess).max(-1)
+    assert (gap < 0.05).all()
+    decoder = speculate(on_lm(MODEL), drafter, 6)
+    both = short[1], short
+    found = decode.run(decoder, both, text, length, jax.random.key(0))
+    assert (found.length == length + 6).all()
 
 
 def test_bad_input():

@@ -178,7 +178,7 @@ def extrapolator(
         return params
 
     def start(params: Params, batch: int, capacity: int) -> KVCache:
-        return empty(params["fc"]["kernel"].dtype, batch, capacity)
+        return empty(slots.held(params["fc"]["kernel"].dtype), batch, capacity)
 
     def see(params: Params, features: Features) -> jax.Array:
         if not taps:

@@ -130,7 +130,8 @@ def feature_drafter(
             guess = jnp.where(here[:, None], found, guess)
             return target, cache, seen[:, -1], guess
 
-        blank = jnp.zeros((batch, layer.width), cache.k[0].dtype)
+        like = jax.eval_shape(backbone.embed, base, prompt[:, :1])
+        blank = jnp.zeros((batch, layer.width), like.dtype)
         carry = target, cache, blank, blank
         if total == piece:
             carry = consume(0, carry)
