@@ -14,18 +14,19 @@ Parts: `proposers`, `targets` (batches of 8, 128 new tokens), `alone` (batches o
 `cross` (the last 128 tokens of one prompt of a group, 32 new tokens).
 Data: as for speculative_speed.py.
 Hardware: two CPU cores, 14 GiB, two processes: `cross` 38 minutes, `proposers` and
-`targets` an hour each, `alone` two; `--toy`, a random Llama: 16 minutes (`--smoke`: a
+`targets` an hour each, `alone` three; `--toy`, a random Llama: 16 minutes (`--smoke`: a
 few cases of it).
 Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts: all 1,020 of
 `proposers` and all 912 of `cross` equal; of `targets` 539 of 540, and a penalised text
-leaves where its two best candidates lie 8e-6 apart; of `alone` the first 14 of 25 cases
-were run, all 840 equal, with the calls of batches of 8. Tokens a call with drafts of
-four: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65, recycling
-1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as an early
-exit 1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77), heads and
-feature layers, which are untrained here, 1.00 to 1.09; n-grams for a cascade 3.07, a
-merged model 2.16, an ensemble 1.72, context-aware 1.69, contrastive 1.65, all of these
-at once 1.47, proxy-tuned 1.42, penalised 1.01. Seconds hold pauses and other work.
+leaves where its two best candidates lie 8e-6 apart; of `alone` 24 of 25 cases were run,
+all 1,440 equal, with the calls of batches of 8 up to three in 5,900. Tokens a call with
+drafts of four: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65,
+recycling 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as
+an early exit 1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77),
+heads and feature layers, which are untrained here, 1.00 to 1.09; n-grams for a cascade
+3.07, a merged model 2.16, an ensemble 1.72, context-aware 1.69, contrastive 1.65, all
+of these at once 1.47, proxy-tuned 1.42, penalised 1.01. Seconds hold pauses and other
+work.
 """
 
 import argparse
