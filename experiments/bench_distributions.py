@@ -19,7 +19,7 @@ Hardware: two idle CPU cores, 10 GiB; estimated at nine minutes for `peer`, five
 `stacked`, `target` and `bridges` together, six for `eva` (`--smoke`: seconds, ours
 alone, toys).
 Expected: (November 2026) faster than transformers 1.78 times (ensemble), 1.92 (proxy),
-2.17 (contrast), all tokens equal; two and four stacked models take 0.86 and 0.85 times
+2.17 (contrast), all tokens equal; two and four stacked models take 0.85 and 0.79 times
 2 and 4 single ones; exact 5 s, union 12 s, MinED 26 s, up to 1.2 GiB; EVA 300 s and
 4.2 GiB; from the cache ten seconds each.
 
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--repeats", type=int, default=1, help="of every prompt")
     add("--layers", type=int, default=15, help="of the small models")
     add("--new", type=int, default=48, help="new tokens")
-    add("--alternations", type=int, default=7, help="of stacked models and one")
+    add("--alternations", type=int, default=9, help="of stacked models and one")
     add("--parts", nargs="+", metavar="NAME", choices=PARTS, default=PARTS)
     chosen = parse.parse_args(arguments)
     smoke, parts = chosen.smoke, set(chosen.parts)
