@@ -28,7 +28,7 @@ import jaxlib
 
 from collab_jax.cache import cache
 
-SETS = "best", "generic", "avx2", "avx512", "vnni", "neon", "bf16"  # as in sets.h
+SETS = "best", "generic", "neon", "avx2", "avx512", "vnni", "bf16"  # as in sets.h
 UNITS = "product.cc", "attention.cc"
 SOURCES = (
     *UNITS,

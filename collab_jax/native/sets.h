@@ -30,7 +30,8 @@ namespace collab_jax {
 // of weights; `halves` is bfloat16 where rows are bfloat16 as well, otherwise they are
 // float32
 enum class Type { float32, bfloat16, int8, halves };
-enum class Set { best, generic, avx2, avx512, vnni, neon, bf16 };
+// those of x86 each have all that stand between them and avx2
+enum class Set { best, generic, neon, avx2, avx512, vnni, bf16 };
 
 constexpr int PANEL = 32;        // columns of a panel
 constexpr int PIECE = 256;       // steps of k that many rows read from the near cache
@@ -160,8 +161,7 @@ inline Set resolved(Set set) {
 
 // Whether products of a type are those of digits.h, whose rows are turned first.
 inline bool in_digits(Set set, Type type) {
-  set = resolved(set);
-  return (set == Set::vnni || set == Set::bf16) && type == Type::int8;
+  return resolved(set) >= Set::vnni && type == Type::int8;
 }
 
 // Whether rows may be bfloat16.
@@ -169,10 +169,10 @@ inline bool has_halves(Set set) { return resolved(set) == Set::bf16; }
 
 // What a set has: `f` is one of the functions of its namespace.
 #if defined(__x86_64__)
-#define OF_SET(set, f, type)                    \
-  ((set) == Set::avx2      ? avx2::f(type)      \
-   : (set) == Set::generic ? generic::f(type)   \
-                           : avx512::f(type))
+#define OF_SET(set, f, type)                  \
+  ((set) >= Set::avx512 ? avx512::f(type)     \
+   : (set) == Set::avx2 ? avx2::f(type)       \
+                        : generic::f(type))
 #elif defined(__aarch64__)
 #define OF_SET(set, f, type) ((set) == Set::neon ? neon::f(type) : generic::f(type))
 #else

@@ -79,12 +79,7 @@ def real(
         params = {kinds[0]: model.params}
     else:
         model = load(name, dtype=jnp.float32)
-        params = {
-            kind: pack(cast(model.params, type_of(kind)), matrices_of(kind))
-            for kind in kinds
-            if kind != "plain"
-        }
-        params = {"plain": model.params} | params
+        params = in_kinds(model.params, ("plain", *kinds))
     words = model.tokenizer(TEXT).input_ids
     prompt = (words * (2 * (length + 64) // len(words) + 1))[: length + 64]
     texts = [words] if data is None else _texts(Path(data), model.tokenizer)
@@ -101,9 +96,14 @@ def matrices_of(kind: str) -> str:
     return "bfloat16" if kind == WHOLE else kind
 
 
-def cast(params: Any, dtype: Any) -> Any:
-    """Parameters in another type."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+def in_kinds(params: Any, kinds: Sequence[str]) -> dict[str, Any]:
+    """Plain parameters in float32, in other kinds as well."""
+
+    def one(kind):
+        short = jax.tree.map(lambda leaf: leaf.astype(type_of(kind)), params)
+        return pack(short, matrices_of(kind))
+
+    return {kind: params if kind == "plain" else one(kind) for kind in kinds}
 
 
 def shape(name: str, length: int, new: int, kinds: Sequence[str]) -> Subject:
@@ -137,10 +137,9 @@ def toy() -> Subject:
     raw |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = from_hf(raw | {"tie_word_embeddings": True})
     params = transformer.init(jax.random.key(0), config)
-    kinds = {"plain": params} | {kind: pack(params, kind) for kind in PACKED}
-    kinds[WHOLE] = pack(cast(params, jnp.bfloat16), "bfloat16")
     words = list(TEXT.encode())
     lm = language_model(transformer.transformer(config))
+    kinds = in_kinds(params, KINDS)
     return Subject(lm, kinds, words[:96], 33, 4, [words[:60]], None)
 
 
