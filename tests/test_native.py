@@ -50,17 +50,17 @@ def largest(x):
     return found
 
 
-def near(found, expected, x, matrix, kind="packed"):
+def near(found, expected, x, matrix, kind="packed", digit=2.0**-22):
     """Whether found is expected up to the rounding of float32 sums.
 
     A sum of K products in any order is off by K 2^-24 of the sum of their sizes, at
     most; a scale and the rounding of the result add two such steps. Digits are off by
-    2^-22 of the largest of a block.
+    so much of the largest of a block.
     """
     size = np.abs(x.astype(float)) @ np.abs(matrix)
     bound = (x.shape[-1] + 2) * 2.0**-24 * size
     if in_digits(kind):
-        bound += 2.0**-22 * largest(x).astype(float) @ np.abs(matrix)
+        bound += digit * largest(x).astype(float) @ np.abs(matrix)
     assert found.shape == expected.shape
     gap = np.abs(np.asarray(found, float) - expected)
     assert np.all(gap <= bound)

@@ -1,27 +1,74 @@
-"""The native products of rows of bfloat16 with weights of bfloat16."""
+"""The native products of rows of bfloat16 with weights of bfloat16 and of int8."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_native import made, near, needed, outlying
+from test_native import in_digits, largest, made, near, needed, outlying
 
 from collab_jax import native
+from collab_jax.models import packed
+
+SETS = {"bfloat16": ("bf16",), "int8": ("vnni", "bf16")}  # that have such products
+PANELS = {"bfloat16": (jnp.uint16, []), "int8": (jnp.uint8, [jnp.ones(64)])}
+WHOLE = 0.51 / 32630  # two digits are off by half a step, of the largest of a block
+both = pytest.mark.parametrize("kind", SETS)
 
 
 @needed
+@both
 @pytest.mark.parametrize("depth", [1, 64, 129, 576, 1535])
-def test_rows_of_bfloat16_are_multiplied_as_they_are(depth, instructions):
-    kernel, matrix = made("bfloat16", depth, 70)
+def test_rows_of_bfloat16_are_multiplied_as_they_are(depth, kind, instructions):
+    kernel, matrix = made(kind, depth, 70)
     for rows in (1, 2, 5, 13, 61):
         x = jnp.asarray(outlying(0, rows, depth), jnp.bfloat16)
-        exact = np.asarray(x, float) @ matrix
-        near(kernel.attend(x), exact, np.asarray(x, float), matrix)
+        wide = np.asarray(x, float)
+        near(kernel.attend(x), wide @ matrix, wide, matrix, kind, WHOLE)
         assert kernel.project(x).dtype == jnp.bfloat16
     text = jax.jit(kernel.attend).lower(x).as_text()
     (call,) = [line for line in text.splitlines() if "collab_jax_products" in line]
     wide = f"tensor<61x{depth}xf32>" in call
-    assert wide == (instructions != "bf16") == (not native.library().halves)
+    assert wide == (instructions not in SETS[kind])
+    assert wide == (kind not in native.library().halves)
+
+
+@needed
+def test_one_digit_would_not_do(instructions):
+    """The control: activations of 8 bits, which other engines multiply by int8."""
+    if not in_digits("int8"):
+        pytest.skip("this set multiplies no bytes")
+    _, matrix = made("int8", 576, 70)
+    x = np.asarray(jnp.asarray(outlying(0, 5, 576), jnp.bfloat16), float)
+    unit = largest(x) / 127
+    coarse = np.rint(x / unit) * unit @ matrix
+    with pytest.raises(AssertionError):
+        near(coarse, x @ matrix, x, matrix, "int8", WHOLE)
+
+
+@needed
+def test_a_short_row_is_the_same_alone_and_among_others():
+    if not in_digits("int8"):
+        pytest.skip("this processor has no products of bytes")
+    kernel, _ = made("int8", 1029, 70)
+    x = jnp.asarray(outlying(1, 150, 1029), jnp.bfloat16)
+    every = np.asarray(kernel.attend(x))
+    for rows in (1, 2, 3, 5, 6, 7, 8, 17, 64):
+        found = np.asarray(kernel.attend(x[7 : 7 + rows]))
+        np.testing.assert_array_equal(found, every[7 : 7 + rows])
+
+
+@needed
+@both
+def test_what_is_not_finite_stays_in_its_short_row(kind, instructions):
+    kernel, matrix = made(kind, 300, 40)
+    x = outlying(0, 4, 300)
+    x[0, 200], x[1, 3], x[2], x[3] = np.nan, np.inf, 0, 1e-38
+    x = jnp.asarray(x, jnp.bfloat16)
+    found = np.asarray(kernel.attend(x))
+    assert np.isnan(found[0]).all()
+    assert not np.isfinite(found[1]).any()
+    assert (found[2] == 0).all()
+    np.testing.assert_allclose(found[3], np.asarray(x[3], float) @ matrix, atol=1e-28)
 
 
 @needed
@@ -35,21 +82,39 @@ def test_rows_of_float32_are_not_rounded_to_bfloat16():
 
 
 @needed
-def test_rows_of_bfloat16_need_a_set_that_has_them(instructions):
+@both
+def test_rows_of_bfloat16_need_a_set_that_has_them(kind, instructions):
     half = jax.ShapeDtypeStruct((2, 64), jnp.float32)
-    x, panels = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((2, 8, 32), jnp.uint16)
-    if native.library().halves:
-        jax.block_until_ready(native.products(x, [panels], [], [half]))
+    held, scales = PANELS[kind]
+    x, panels = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((2, 8, 32), held)
+    if kind in native.library().halves:
+        jax.block_until_ready(native.products(x, [panels], scales, [half]))
     else:
-        with pytest.raises(Exception, match="x is bfloat16, and the panels or the"):
-            jax.block_until_ready(native.products(x, [panels], [], [half]))
+        with pytest.raises(Exception, match="x is bfloat16, which the instruction"):
+            jax.block_until_ready(native.products(x, [panels], scales, [half]))
+
+
+@both
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_multiply_short_numbers_as_they_are(kind, platform, monkeypatch):
+    """Weights of both kinds are exact in bfloat16, and sums are float32."""
+    monkeypatch.setenv("COLLAB_JAX_NATIVE", "0")  # packed as there
+    kernel = packed.pack({"kernel": outlying(2, 24, 37)}, kind)["kernel"]
+    for held, name in ((jnp.bfloat16, "bf16"), (jnp.float32, "f32")):
+        x = jnp.ones((5, 24), held)
+        traced = jax.jit(lambda x, kernel: kernel.project(x)).trace(x, kernel)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        (dot,) = [line for line in text.splitlines() if "dot_general" in line]
+        operands = f"(tensor<5x24x{name}>, tensor<24x37x{name}>)"
+        assert f"{operands} -> tensor<5x37xf32>" in dot
 
 
 @needed
-def test_members_and_derivatives():
+@both
+def test_members_and_derivatives(kind):
     """Stacked matrices, a shared one, and the slope that the plain form has."""
-    stacked, matrices = made("bfloat16", 3, 20, 37)
-    one, matrix = made("bfloat16", 20, 37, seed=5)
+    stacked, matrices = made(kind, 3, 20, 37)
+    one, matrix = made(kind, 20, 37, seed=5)
     x = jnp.asarray(outlying(1, 6, 20).reshape(3, 2, 20), jnp.bfloat16)
     wide = np.asarray(x, float)
 
@@ -63,7 +128,7 @@ def test_members_and_derivatives():
     ):
         found = jax.jit(jax.vmap(product, axes))(rows, kernel)
         for y, own, member in zip(found, given, weights, strict=True):
-            near(y, own @ member, own, member)
+            near(y, own @ member, own, member, kind, WHOLE)
     slope = jax.grad(lambda x: kernel.attend(x).sum())(x[0])
     assert slope.dtype == jnp.bfloat16
     expected = np.broadcast_to(matrix.sum(1), (2, 20))

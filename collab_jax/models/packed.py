@@ -16,7 +16,8 @@ again, and merging and training refuse what is packed.
   numbers of 24 bits where a processor multiplies bytes; sums are as near as those of
   float32. Only the weights are rounded: activations of 8 bits change texts. Where the
   model itself computes in bfloat16, its activations meet weights of bfloat16 as they
-  are if the processor multiplies such pairs, at twice the rate.
+  are if the processor multiplies such pairs, at twice the rate, and become whole
+  numbers of 16 bits before weights of int8.
 - On other devices than a CPU, and without the library, the plain form computes: a
   matrix is one panel then.
 
@@ -121,12 +122,15 @@ def project_all(x: jax.Array, kernels: Sequence[Packed]) -> tuple[jax.Array, ...
 
 def _multiply(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
     """`[..., N]` float32 for each kernel."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    fast = x.size > 0 and all(map(is_fast, kernels))
-    halves = fast and x.dtype == jnp.bfloat16 == kernels[0].held
-    if not (halves and native.library().halves):
-        flat = flat.astype(jnp.float32)
-    found = (_fast if fast else _plain)(flat, kernels)
+    flat, held = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), kernels[0].held
+    short = x.dtype == jnp.bfloat16 and held != jnp.float32
+    if x.size > 0 and all(map(is_fast, kernels)):
+        short = short and held.name in native.library().halves
+        found = _fast(flat if short else flat.astype(jnp.float32), kernels)
+    elif short:
+        found = jax.lax.platform_dependent(flat, kernels, cpu=_plain, default=_short)
+    else:
+        found = _plain(flat, kernels)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
@@ -143,11 +147,18 @@ def is_fast(kernel: Packed) -> bool:
 
 def _plain(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
     """What `_fast` computes, and the derivative of both."""
-    found = []
-    for kernel in kernels:
-        y = jnp.dot(x, kernel.matrix())
-        found.append(y if kernel.scale is None else y * kernel.scale)
-    return tuple(found)
+    return tuple(_product(x.astype(jnp.float32), kernel) for kernel in kernels)
+
+
+def _short(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
+    """The same in the type of x, in which the weights are exact; sums are float32."""
+    return tuple(_product(x, kernel) for kernel in kernels)
+
+
+def _product(x: jax.Array, kernel: Packed) -> jax.Array:
+    matrix = kernel.matrix().astype(x.dtype)
+    y = jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+    return y if kernel.scale is None else y * kernel.scale
 
 
 @jax.custom_jvp

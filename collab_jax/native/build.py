@@ -29,6 +29,7 @@ import jaxlib
 from collab_jax.cache import cache
 
 SETS = "best", "generic", "neon", "avx2", "avx512", "vnni", "bf16"  # as in sets.h
+TYPES = "float32", "bfloat16", "int8"  # likewise
 UNITS = "product.cc", "attention.cc"
 SOURCES = (
     *UNITS,
@@ -55,7 +56,7 @@ class Library(NamedTuple):
     digest: str | None  # tells it apart; a part of the names of its handlers
     set: int  # number of the instruction set to use
     reason: str
-    halves: bool = False  # whether rows may be bfloat16 where weights are
+    halves: tuple[str, ...] = ()  # types of weights that rows of bfloat16 meet as such
 
     def target(self, name: str) -> str:
         """What XLA knows a handler by.
@@ -127,7 +128,12 @@ def _library(value: str) -> Library:
             f"COLLAB_JAX_NATIVE={value}: this processor does not have it; {reason}"
         )
     number = SETS.index(value)
-    return Library(digest, number, reason, bool(loaded.collab_jax_has_halves(number)))
+    halves = tuple(
+        name
+        for weights, name in enumerate(TYPES)
+        if loaded.collab_jax_takes(number, weights, TYPES.index("bfloat16"))
+    )
+    return Library(digest, number, reason, halves)
 
 
 @functools.cache

@@ -6,7 +6,7 @@
 namespace collab_jax {
 namespace {
 
-// Operands: x [*lead, R, K] float32, or bfloat16 where the set has such; n matrices of
+// Operands: x [*lead, R, K] float32, or bfloat16 where the set takes such; n matrices of
 // panels [*lead, P, K, 32]; for int8 their n scales [*lead, N]. Results: n times
 // [*lead, R, N].
 ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operands,
@@ -15,8 +15,9 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
   const size_t count = results.size();
   if (count == 0 || operands.size() < 1 + count) return wrong("operands are missing");
   const auto x = operands.get<ffi::AnyBuffer>(0);
-  const bool halves = !x.has_error() && x->element_type() == ffi::BF16;
-  if (x.has_error() || (x->element_type() != ffi::F32 && !halves) ||
+  const Type own = !x.has_error() && x->element_type() == ffi::BF16 ? Type::bfloat16
+                                                                    : Type::float32;
+  if (x.has_error() || (x->element_type() != ffi::F32 && own == Type::float32) ||
       x->dimensions().size() < 2)
     return wrong("x is neither float32 nor bfloat16 [rows, K]");
   const size_t lead = x->dimensions().size() - 2;
@@ -25,12 +26,11 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
   const auto kind = operands.get<ffi::AnyBuffer>(1)->element_type();
   if (kind != ffi::F32 && kind != ffi::U16 && kind != ffi::U8)
     return wrong("panels are neither float32, uint16 nor uint8");
-  if (halves && !(kind == ffi::U16 && has_halves(Set(set))))
-    return wrong("x is bfloat16, and the panels or the instruction set are not");
-  const Type type = halves               ? Type::halves
-                    : kind == ffi::F32   ? Type::float32
-                    : kind == ffi::U16   ? Type::bfloat16
-                                         : Type::int8;
+  const Type type = kind == ffi::F32   ? Type::float32
+                    : kind == ffi::U16 ? Type::bfloat16
+                                       : Type::int8;
+  if (!takes(Set(set), type, own))
+    return wrong("x is bfloat16, which the instruction set does not multiply by such panels");
   const bool scaled = type == Type::int8;
   if (operands.size() != 1 + count * (scaled ? 2 : 1))
     return wrong("the number of operands does not fit the number of results");
@@ -68,7 +68,7 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
         const int64_t end = rows * each * (block + 1) / blocks;
         found.push_back(
             {{static_cast<const char*>(x->untyped_data()) +
-                  (left.offset(member, all) + begin * depth) * (halves ? 2 : 4),
+                  (left.offset(member, all) + begin * depth) * bytes_of(own),
               nullptr, end - begin},
              static_cast<const char*>(w->untyped_data()) +
                  right.offset(member, all) * bytes_of(type),
@@ -76,7 +76,7 @@ ffi::Error products(ffi::ThreadPool pool, int32_t set, ffi::RemainingArgs operan
              (*y)->typed_data<float>() + (member * rows + begin) * width, width});
       }
   }
-  return run(pool, std::make_shared<Job>(Set(set), type, depth, std::move(found)));
+  return run(pool, std::make_shared<Job>(Set(set), type, own, depth, std::move(found)));
 }
 
 }  // namespace
@@ -94,7 +94,8 @@ extern "C" int collab_jax_supports(int set) {
   return collab_jax::supports(collab_jax::Set(set));
 }
 
-// For Python: whether rows of a set may be bfloat16.
-extern "C" int collab_jax_has_halves(int set) {
-  return collab_jax::has_halves(collab_jax::Set(set));
+// For Python: whether rows of a type meet weights of a type.
+extern "C" int collab_jax_takes(int set, int weights, int rows) {
+  using collab_jax::Type;
+  return collab_jax::takes(collab_jax::Set(set), Type(weights), Type(rows));
 }

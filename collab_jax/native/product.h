@@ -32,13 +32,16 @@ struct Product {
 // Products over one K, as a row of panels that threads share.
 class Job {
  public:
-  Job(Set set, Type type, int64_t depth, std::vector<Product> products)
-      : panel_(panel_of(set, type)),
+  Job(Set set, Type weights, Type rows, int64_t depth, std::vector<Product> products)
+      : panel_(panel_of(set, weights, rows)),
         depth_(depth),
-        bytes_(depth * PANEL * bytes_of(type)),
-        products_(std::move(products)) {
+        bytes_(depth * PANEL * bytes_of(weights)),
+        products_(std::move(products)),
+        turn_(turn_of(rows)),
+        row_(depth * bytes_of(rows)),
+        digits_of_row_(digits_of(rows, depth)) {
     for (const Product& product : products_) pieces.total += product.count();
-    if (in_digits(set, type)) turn_later();
+    if (in_digits(set, weights)) turn_later();
   }
 
   // How many threads have enough to do; sets how many panels one claims at a time: the
@@ -57,7 +60,7 @@ class Job {
   // claim is the claim of another thread.
   void work() {
     for (int64_t row = turns_.claim(1); row < turns_.total; row = turns_.claim(1)) {
-      turned(turned_[row], depth_, digits_.get() + row * spans(depth_));
+      turn_(turned_[row], depth_, digits_.get() + row * digits_of_row_);
       turns_.done(1);
     }
     turns_.wait();
@@ -81,13 +84,13 @@ class Job {
       const auto [x, rows] = std::pair(product.rows.x, product.rows.count);
       const auto [place, added] = known.emplace(std::pair(x, rows), turned_.size());
       for (int64_t row = 0; added && row < rows; ++row)
-        turned_.push_back(static_cast<const float*>(x) + row * depth_);
+        turned_.push_back(static_cast<const char*>(x) + row * row_);
       places.push_back(place->second);
     }
     turns_.total = turned_.size();
-    digits_.reset(new Digits[turned_.size() * spans(depth_)]);
+    digits_.reset(new char[turned_.size() * digits_of_row_]);
     for (size_t n = 0; n < places.size(); ++n)
-      products_[n].rows.digits = digits_.get() + places[n] * spans(depth_);
+      products_[n].rows.digits = digits_.get() + places[n] * digits_of_row_;
   }
 
   // The product that a panel belongs to, and which of its panels it is.
@@ -116,8 +119,10 @@ class Job {
   int64_t claim_ = 1;
 
   Pieces turns_;  // rows that become digits, before any panel is read
-  std::vector<const float*> turned_;
-  std::unique_ptr<Digits[]> digits_;
+  Turn turn_;
+  int64_t row_, digits_of_row_;  // bytes
+  std::vector<const char*> turned_;
+  std::unique_ptr<char[]> digits_;
 };
 
 }  // namespace collab_jax

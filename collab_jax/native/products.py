@@ -35,7 +35,7 @@ def products(
     share a matrix read it once. There is no derivative; what calls this has one.
 
     Args:
-      x: `[R, K]` float32, or bfloat16 with panels of uint16 where `Library.halves`.
+      x: `[R, K]` float32, or bfloat16 with panels that `Library.halves` names.
       panels: for each matrix `[P, K, 32]` float32, uint16 (for bfloat16) or uint8 (for
         int8), all of one type, as `models.layout.lay` makes them; what lies behind
         column N - 1 is not read into a result.

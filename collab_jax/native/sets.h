@@ -27,9 +27,8 @@
 
 namespace collab_jax {
 
-// of weights; `halves` is bfloat16 where rows are bfloat16 as well, otherwise they are
-// float32
-enum class Type { float32, bfloat16, int8, halves };
+// of weights, and of the rows that meet them: float32, or bfloat16 where `takes` says so
+enum class Type { float32, bfloat16, int8 };
 // those of x86 each have all that stand between them and avx2
 enum class Set { best, generic, neon, avx2, avx512, vnni, bf16 };
 
@@ -160,12 +159,17 @@ inline Set resolved(Set set) {
 }
 
 // Whether products of a type are those of digits.h, whose rows are turned first.
-inline bool in_digits(Set set, Type type) {
-  return resolved(set) >= Set::vnni && type == Type::int8;
+inline bool in_digits(Set set, Type weights) {
+  return resolved(set) >= Set::vnni && weights == Type::int8;
 }
 
-// Whether rows may be bfloat16.
-inline bool has_halves(Set set) { return resolved(set) == Set::bf16; }
+// Whether rows of a type meet weights of a type.
+inline bool takes(Set set, Type weights, Type rows) {
+  if (rows == Type::float32) return true;
+  return rows == Type::bfloat16 &&
+         (in_digits(set, weights) ||
+          (weights == Type::bfloat16 && resolved(set) == Set::bf16));
+}
 
 // What a set has: `f` is one of the functions of its namespace.
 #if defined(__x86_64__)
@@ -179,12 +183,13 @@ inline bool has_halves(Set set) { return resolved(set) == Set::bf16; }
 #define OF_SET(set, f, type) generic::f(type)
 #endif
 
-inline Panel panel_of(Set set, Type type) {
+inline Panel panel_of(Set set, Type weights, Type rows) {
 #if defined(__x86_64__)
-  if (in_digits(set, type)) return vnni::panel;
-  if (type == Type::halves) return bf16::panel<bf16::Halves>;
+  const bool halves = rows == Type::bfloat16;
+  if (in_digits(set, weights)) return halves ? vnni::panel<uint16_t> : vnni::panel<float>;
+  if (halves) return bf16::panel<bf16::Halves>;
 #endif
-  return OF_SET(resolved(set), panel_of, type);
+  return OF_SET(resolved(set), panel_of, weights);
 }
 
 inline Read read_of(Set set, Type type) { return OF_SET(resolved(set), read_of, type); }

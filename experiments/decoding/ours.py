@@ -19,15 +19,16 @@ from collab_jax.models.packed import KINDS as PACKED
 from collab_jax.models.packed import pack, pack_leaf
 
 NAME = "smollm2-135m-instruct"
-WHOLE = "bfloat16 throughout"  # a model in bfloat16, not its matrices alone
-KINDS = "plain", *PACKED, WHOLE
+# a model in bfloat16, not its matrices alone; and one with matrices of int8
+WHOLE, SHORT = "bfloat16 throughout", "int8 in bfloat16"
+KINDS = "plain", *PACKED, WHOLE, SHORT
 # Llama shapes with random weights, and the kinds that fit into 24 GiB together
 SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "1b": (
         {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
         | {"num_hidden_layers": 22, "num_attention_heads": 32}
         | {"num_key_value_heads": 4},
-        (*PACKED, WHOLE),
+        (*PACKED, WHOLE, SHORT),
     ),
     "8b": (
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
@@ -88,12 +89,12 @@ def real(
 
 def type_of(kind: str) -> Any:
     """The type in which a kind computes."""
-    return jnp.bfloat16 if kind == WHOLE else jnp.float32
+    return jnp.bfloat16 if kind in (WHOLE, SHORT) else jnp.float32
 
 
 def matrices_of(kind: str) -> str:
     """How the matrices of a kind are packed."""
-    return "bfloat16" if kind == WHOLE else kind
+    return {WHOLE: "bfloat16", SHORT: "int8"}.get(kind, kind)
 
 
 def in_kinds(params: Any, kinds: Sequence[str]) -> dict[str, Any]:
