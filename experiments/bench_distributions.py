@@ -10,10 +10,11 @@ SmolLM2's 49k and Gemma's 262k tokens take under 60 s and 2 GiB of a process (ex
 union, MinED) and under ten minutes (EVA); MinED and EVA come from the cache then. The
 composites have the same greedy text with drafts.
 Command: python experiments/bench_distributions.py [--smoke] [--data DIR] [--rows N]
-[--repeats R] [--layers E] [--new N] [--alternations A]
+[--repeats R] [--layers E] [--new N] [--alternations A] [--plain]
 [--parts peer target stacked bridges eva] [--output FILE] [--fresh]; a run that was
 stopped is taken up again, and parts can be measured one by one. The part `peer` needs
-the extra `parity`; without torch ours is measured alone.
+the extra `parity`; without torch ours is measured alone. Matrices are packed
+(`collab_jax.models.packed`), with `--plain` they are not.
 Data: as for speculative_speed.py.
 Hardware: two idle CPU cores, 10 GiB; estimated at nine minutes for `peer`, five for
 `stacked`, `target` and `bridges` together, six for `eva` (`--smoke`: seconds, ours
@@ -47,7 +48,7 @@ from joining.report import Report, Verdict, conclude, folder_of, opened, parser
 from measuring.picture import picture
 from speculating.peer import torch_greedy, torched
 from speculating.ratios import table
-from speculating.strategies import cut, noisy
+from speculating.strategies import cut, noisy, packed_each
 from speculating.subject import NAME, Subject, real, toy
 
 from collab_jax import combine, decode
@@ -274,16 +275,22 @@ def measure(part: str, subject: Subject, chosen: Any, report: Report) -> None:
         every = composites(subject, chosen.layers)
         if smoke:  # one for all
             every = {name: every[name] for name in (PLAIN, "contrast of two")}
+        there = not smoke and importlib.util.find_spec("torch") is not None
+        theirs = peers(subject, every) if there and part == "peer" else {}
+        if not chosen.plain:
+            every = {
+                name: composite._replace(params=packed_each(composite.params))
+                for name, composite in every.items()
+            }
         if part == "target":
             drafted(subject, every, min(chosen.new, 32), report)
-            return
-        there = not smoke and importlib.util.find_spec("torch") is not None
-        theirs = peers(subject, every) if there else {}
-        beside(subject, every, theirs, chosen.repeats, report)
+        else:
+            beside(subject, every, theirs, chosen.repeats, report)
     elif part == "stacked":
         sizes, new = SIZES[:1] if smoke else SIZES, min(chosen.new, 32)
         times, known = chosen.alternations, found["stacked"]
-        stacking.stacks(subject, sizes, new, times, known, report.save)
+        held = (lambda params: params) if chosen.plain else packed_each
+        stacking.stacks(subject, held, sizes, new, times, known, report.save)
     else:
         kinds = bridging.QUICK if part == "bridges" else (bridging.SLOW,)
         bridging.bridges(kinds, smoke, found["bridges"], report.save)
@@ -299,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--new", type=int, default=48, help="new tokens")
     add("--alternations", type=int, default=9, help="of stacked models and one")
     add("--parts", nargs="+", metavar="NAME", choices=PARTS, default=PARTS)
+    add("--plain", action="store_true", help="no packed matrices")
     chosen = parse.parse_args(arguments)
     smoke, parts = chosen.smoke, set(chosen.parts)
     if smoke:
@@ -309,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
         data = folder_of(chosen)
         subject = real(None if data is None else str(data), chosen.rows)
     subject = subject._replace(new=chosen.new)
-    keys = "rows", "repeats", "layers", "new", "alternations"
+    keys = "rows", "repeats", "layers", "new", "alternations", "plain"
     setting = {key: getattr(chosen, key) for key in keys}
     names = "stacked", "target", "bridges", "load"
     report = opened("bench_distributions", chosen, setting, *names)

@@ -168,7 +168,8 @@ static void panel(const Rows& rows, int64_t depth, const void* weights,
   for (int64_t first = 0; first < rows.count; first += GROUP) {
     const int64_t group = std::min<int64_t>(rows.count - first, GROUP);
     const int64_t passes = (group + MOST - 1) / MOST;
-    alignas(64) float sums[GROUP * PANEL] = {};
+    alignas(64) float sums[GROUP * PANEL];
+    std::fill(sums, sums + group * PANEL, 0.0f);
     for (int64_t k = 0; k < fours; k += LONG) {
       const int64_t count = std::min<int64_t>(fours - k, LONG);
       const bool last = k + LONG >= fours;

@@ -37,6 +37,7 @@ def program_of(text: str) -> dict[str, Any]:
 
 def stacks(
     subject: Subject,
+    held: Callable[[Any], Any],
     sizes: Sequence[int],
     new: int,
     repeats: int,
@@ -47,6 +48,7 @@ def stacks(
 
     Args:
       subject: the model; the others are the model with noise.
+      held: the parameters of a model as they are decoded with.
       sizes: N.
       new: new tokens.
       repeats: of both.
@@ -60,11 +62,12 @@ def stacks(
     key = jax.random.key(0)
     with progress("stacked", len(left) * repeats) as advance:
         for count in left:
-            copies = [params, *(noisy(params, seed, NOISE) for seed in range(1, count))]
+            copies = [noisy(params, seed, NOISE) for seed in range(1, count)]
+            copies = [held(copy) for copy in (params, *copies)]
             stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies)
             loop = combine.product([subject.lm] * count, mixture())
             members = {
-                "one": (subject.lm, params),
+                "one": (subject.lm, copies[0]),
                 "stacked": (combine.stacked(subject.lm, count, mixture()), stack),
                 "loop": (loop, tuple(copies)),
             }
