@@ -55,6 +55,7 @@ def decoding(found: Found) -> Iterator[Line]:
         ("bfloat16 throughout", "ours bfloat16 throughout", bfloat16),
         ("bfloat16 throughout", "ours bfloat16 throughout", ["llama.cpp bf16"]),
         ("int8", "ours int8", ["llama.cpp q8_0"]),
+        ("int8 in bfloat16", "ours int8 in bfloat16", ["llama.cpp q8_0"]),
     ]
     for key, what in (("decode", "new tokens"), ("prefill", "tokens of the prompt")):
         for batch in batches:

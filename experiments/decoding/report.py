@@ -25,7 +25,7 @@ def show(found: dict[str, Any]) -> None:
     for x in sorted(found["table"], key=lambda x: x["batch"]):
         cells = "".join(f"{x[name]:9.1f}" for name in head)
         limit = f"{x['of the limit']:12.0%}" if "of the limit" in x else " " * 12
-        text = "" if x["same text"] else "  another text"
+        text = "  another text" if x["same text"] is False else ""
         print(f"{x['engine']:32}{x['batch']:3}{x['runs']:3}{cells}{limit}{text}")
     print("\nmilliseconds of a call of T tokens, and over one")
     for x in found["costs"]:
@@ -52,9 +52,8 @@ def show(found: dict[str, Any]) -> None:
 def draw(pyplot: Any, found: dict[str, Any]) -> Any:
     """Draws tokens a second by batch, and the cost of wide calls."""
     batches = sorted({x["batch"] for x in found["table"]})
-    figure, axes = pyplot.subplots(
-        1, len(batches) + 1, figsize=(4 * len(batches) + 4, 4)
-    )
+    count = len(batches) + 1
+    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4))
     for axis, batch in zip(axes, batches, strict=False):
         rows = [x for x in found["table"] if x["batch"] == batch]
         colors = ["#2b8cbe" if x["engine"][:4] == "ours" else "#bdbdbd" for x in rows]
@@ -65,13 +64,16 @@ def draw(pyplot: Any, found: dict[str, Any]) -> Any:
         names = [x["engine"] for x in rows]
         axis.barh(names, [x["decode"] for x in rows], xerr=spread, color=colors)
         axis.invert_yaxis()
-        axis.set_title(f"batch {batch}, new tokens a second")
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("new tokens a second")
     last = axes[-1]
     for kind in dict.fromkeys(x["kind"] for x in found["costs"]):
         rows = [x for x in found["costs"] if x["kind"] == kind]
         seconds = [1e3 * x["seconds"] for x in rows]
         last.plot([x["tokens"] for x in rows], seconds, "o-", label=kind)
-    last.set_title("a call of T tokens, ms")
+    last.set_title("a call of T tokens")
+    last.set_ylabel("ms")
     last.set_xscale("log", base=2)
-    last.legend()
+    last.set_yscale("log", base=2)
+    last.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
