@@ -17,7 +17,7 @@ from collab_jax import combine, decode
 from collab_jax.commands.progress import progress
 from collab_jax.pool import mixture
 
-BAR = 1.15  # times N
+BAR = 1.05  # times N
 NOISE = 0.05
 HOST = r"callback|infeed|outfeed|stablehlo\.(?:send|recv)"  # what leaves the device
 
