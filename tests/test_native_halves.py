@@ -11,7 +11,7 @@ from collab_jax.models import packed
 
 SETS = {"bfloat16": ("bf16",), "int8": ("vnni", "bf16")}  # that have such products
 PANELS = {"bfloat16": (jnp.uint16, []), "int8": (jnp.uint8, [jnp.ones(64)])}
-WHOLE = 0.51 / 32630  # two digits are off by half a step, of the largest of a block
+DIGIT = 0.51 / 32630  # two digits are off by half a step, of the largest of a block
 both = pytest.mark.parametrize("kind", SETS)
 
 
@@ -23,7 +23,7 @@ def test_rows_of_bfloat16_are_multiplied_as_they_are(depth, kind, instructions):
     for rows in (1, 2, 5, 13, 61):
         x = jnp.asarray(outlying(0, rows, depth), jnp.bfloat16)
         wide = np.asarray(x, float)
-        near(kernel.attend(x), wide @ matrix, wide, matrix, kind, WHOLE)
+        near(kernel.attend(x), wide @ matrix, wide, matrix, kind, DIGIT)
         assert kernel.project(x).dtype == jnp.bfloat16
     text = jax.jit(kernel.attend).lower(x).as_text()
     (call,) = [line for line in text.splitlines() if "collab_jax_products" in line]
@@ -42,7 +42,7 @@ def test_one_digit_would_not_do(instructions):
     unit = largest(x) / 127
     coarse = np.rint(x / unit) * unit @ matrix
     with pytest.raises(AssertionError):
-        near(coarse, x @ matrix, x, matrix, "int8", WHOLE)
+        near(coarse, x @ matrix, x, matrix, "int8", DIGIT)
 
 
 @needed
@@ -128,7 +128,7 @@ def test_members_and_derivatives(kind):
     ):
         found = jax.jit(jax.vmap(product, axes))(rows, kernel)
         for y, own, member in zip(found, given, weights, strict=True):
-            near(y, own @ member, own, member, kind, WHOLE)
+            near(y, own @ member, own, member, kind, DIGIT)
     slope = jax.grad(lambda x: kernel.attend(x).sum())(x[0])
     assert slope.dtype == jnp.bfloat16
     expected = np.broadcast_to(matrix.sum(1), (2, 20))

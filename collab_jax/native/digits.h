@@ -3,8 +3,8 @@
 // Over 128 steps of k the numbers of a row share a scale, and each is so many digits of
 // base 256, of -128 to 127: x = scale (d2 256^2 + d1 256 + d0). Numbers of float32 are
 // three digits, off by at most 2^-22 of the largest of the 128: as near as sums of float32
-// come, so that only weights are rounded to int8. Numbers of bfloat16 are two, off by
-// 2^-15 of the largest, which is itself off by up to 2^-9 from what was rounded to it.
+// come, so that only weights are rounded to int8. Numbers of bfloat16 are two, off by at
+// most 2^-15 of the largest, which is itself off by up to 2^-9 of what was rounded to it.
 // An instruction multiplies 64 pairs of bytes; the sums of 128 steps are exact, and all
 // sums are the same for one row as for many.
 
