@@ -23,8 +23,9 @@ A prompt is read in float32 1.2 times as fast as by the best peer, in bfloat16
 throughout 1.3 times, 1.1 in a batch of 8, by int8 2.2 and in bfloat16 2.8 times as
 fast as by q8_0; bfloat16 weights alone, whose activations stay float32, read it at
 0.82 and 0.62 times. Eight tokens cost 1.24 times one in packed float32, 1.30 in
-bfloat16 throughout. Not held, and bound by arithmetic: with bfloat16 weights alone 1.53
-(1.49 in a run before), int8 1.67, in bfloat16 1.60. Rounding to int8 loses 0.006 nats a
+bfloat16 throughout. Not held: with bfloat16 weights alone 1.53 (1.49 in a run before),
+int8 1.67, in bfloat16 1.60; their products alone are 10.8, 7.2 and 5.1 ms of 17.0, 11.9
+and 10.6 at the peak of both cores. Rounding to int8 loses 0.006 nats a
 token, to bfloat16 0.0006 or less. Memory and delay of all but the last two kinds are of
 an earlier day. A Llama of 1.1B (`--model 1b --batches 1 8`) writes 8.3, 16 and 29
 tokens a second, 99 to 84 percent of what the memory gives; eight tokens cost 1.36 times
