@@ -69,7 +69,7 @@ PACKAGES += ["llama-cpp-python"]
 BATCHES = 1, 4, 8, 32
 WIDTHS = 1, 2, 4, 8, 16
 LENGTH, NEW = 129, 64
-SHORT = 5  # repeats of calls of a few tokens
+CALLS = 5  # repeats of calls of a few tokens
 
 
 def engines(subject: ours.Subject, threads: int) -> dict[str, tuple[Callable, int]]:
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
     save()
     compare(subject, every, chosen.batches, chosen.repeats, found, save)
-    widths(subject, 1 if chosen.smoke else max(chosen.repeats, SHORT), found, save)
+    widths(subject, 1 if chosen.smoke else max(chosen.repeats, CALLS), found, save)
     told = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
     told += ["--model", chosen.model]
     names = list(every)[:1] if chosen.smoke else list(every)

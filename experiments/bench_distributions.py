@@ -271,17 +271,17 @@ def draw(found: dict[str, Any]) -> Any:
 def measure(part: str, subject: Subject, chosen: Any, report: Report) -> None:
     """What is missing of one part."""
     found, smoke = report.found, chosen.smoke
+    held = (lambda params: params) if chosen.plain else packed_each
     if part in ("peer", "target"):
         every = composites(subject, chosen.layers)
         if smoke:  # one for all
             every = {name: every[name] for name in (PLAIN, "contrast of two")}
         there = not smoke and importlib.util.find_spec("torch") is not None
         theirs = peers(subject, every) if there and part == "peer" else {}
-        if not chosen.plain:
-            every = {
-                name: composite._replace(params=packed_each(composite.params))
-                for name, composite in every.items()
-            }
+        every = {
+            name: composite._replace(params=held(composite.params))
+            for name, composite in every.items()
+        }
         if part == "target":
             drafted(subject, every, min(chosen.new, 32), report)
         else:
@@ -289,7 +289,6 @@ def measure(part: str, subject: Subject, chosen: Any, report: Report) -> None:
     elif part == "stacked":
         sizes, new = SIZES[:1] if smoke else SIZES, min(chosen.new, 32)
         times, known = chosen.alternations, found["stacked"]
-        held = (lambda params: params) if chosen.plain else packed_each
         stacking.stacks(subject, held, sizes, new, times, known, report.save)
     else:
         kinds = bridging.QUICK if part == "bridges" else (bridging.SLOW,)

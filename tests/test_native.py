@@ -142,28 +142,34 @@ def test_activations_become_whole_numbers_of_24_bits(depth, instructions):
 
 
 @needed
-def test_a_row_is_the_same_alone_and_among_others():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_row_is_the_same_alone_and_among_others(dtype):
     """In whole numbers to the bit, and so for every width of a draft."""
     if not in_digits("int8"):
         pytest.skip("this processor has no products of bytes")
     kernel, _ = made("int8", 1029, 70)
-    x = jnp.asarray(outlying(1, 150, 1029))
+    x = jnp.asarray(outlying(1, 150, 1029), dtype)
     every = np.asarray(kernel.attend(x))
-    for rows in (1, 2, 3, 5, 8, 17, 64):
+    for rows in (1, 2, 3, 5, 6, 7, 8, 17, 64):
         found = np.asarray(kernel.attend(x[7 : 7 + rows]))
         np.testing.assert_array_equal(found, every[7 : 7 + rows])
 
 
 @needed
-def test_what_is_not_finite_stays_in_its_row(instructions):
-    kernel, matrix = made("int8", 300, 40)
-    x = draw(0, 4, 300)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("int8", jnp.float32), ("int8", jnp.bfloat16), ("bfloat16", jnp.bfloat16)],
+)
+def test_what_is_not_finite_stays_in_its_row(kind, dtype, instructions):
+    kernel, matrix = made(kind, 300, 40)
+    x = outlying(0, 4, 300)
     x[0, 200], x[1, 3], x[2], x[3] = np.nan, np.inf, 0, 1e-38
-    found = np.asarray(kernel.attend(jnp.asarray(x)))
+    x = jnp.asarray(x, dtype)
+    found = np.asarray(kernel.attend(x))
     assert np.isnan(found[0]).all()
     assert not np.isfinite(found[1]).any()
     assert (found[2] == 0).all()
-    np.testing.assert_allclose(found[3], x[3].astype(float) @ matrix, atol=1e-28)
+    np.testing.assert_allclose(found[3], np.asarray(x[3], float) @ matrix, atol=1e-28)
 
 
 @needed

@@ -46,32 +46,6 @@ def test_one_digit_would_not_do(instructions):
 
 
 @needed
-def test_a_short_row_is_the_same_alone_and_among_others():
-    if not in_digits("int8"):
-        pytest.skip("this processor has no products of bytes")
-    kernel, _ = made("int8", 1029, 70)
-    x = jnp.asarray(outlying(1, 150, 1029), jnp.bfloat16)
-    every = np.asarray(kernel.attend(x))
-    for rows in (1, 2, 3, 5, 6, 7, 8, 17, 64):
-        found = np.asarray(kernel.attend(x[7 : 7 + rows]))
-        np.testing.assert_array_equal(found, every[7 : 7 + rows])
-
-
-@needed
-@both
-def test_what_is_not_finite_stays_in_its_short_row(kind, instructions):
-    kernel, matrix = made(kind, 300, 40)
-    x = outlying(0, 4, 300)
-    x[0, 200], x[1, 3], x[2], x[3] = np.nan, np.inf, 0, 1e-38
-    x = jnp.asarray(x, jnp.bfloat16)
-    found = np.asarray(kernel.attend(x))
-    assert np.isnan(found[0]).all()
-    assert not np.isfinite(found[1]).any()
-    assert (found[2] == 0).all()
-    np.testing.assert_allclose(found[3], np.asarray(x[3], float) @ matrix, atol=1e-28)
-
-
-@needed
 def test_rows_of_float32_are_not_rounded_to_bfloat16():
     kernel, matrix = made("bfloat16", 576, 70)
     x = outlying(0, 5, 576)

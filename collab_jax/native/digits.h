@@ -200,7 +200,6 @@ static void panel(const Rows& rows, int64_t depth, const void* weights,
 TARGET_END
 #endif
 
-
 // How a row of numbers of a type becomes digits.
 inline Turn turn_of(Type rows) {
 #if defined(__x86_64__)
