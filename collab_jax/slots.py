@@ -19,6 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Tokens of a call which a TPU writes one by one; sixteen at once take about as long as
+# a window of any size (the schedules of its compiler, jaxlib 0.10.2)
+FEW = 16
+
 
 def positions(length: jax.Array, count: int) -> jax.Array:
     """Positions of the next `count` tokens of every row: `length[b] + t`, `[B, T]`.
@@ -133,14 +137,12 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _write(buffer, values, length, axis):
-    """Scatters on a CPU and a GPU; a TPU would take one token after the other."""
-    windows = functools.partial(_in_windows, axis=axis)
+    """Scatters; on a TPU a window for every row, where there are many tokens."""
     scatter = functools.partial(_scattered, axis=axis)
-    if values.shape[1] > buffer.shape[axis]:
-        windows = scatter
-    return jax.lax.platform_dependent(
-        buffer, values, length, tpu=windows, default=scatter
-    )
+    tpu = functools.partial(_by_heads, axis=axis)
+    if FEW < values.shape[1] <= buffer.shape[axis]:
+        tpu = functools.partial(_in_windows, axis=axis)
+    return jax.lax.platform_dependent(buffer, values, length, tpu=tpu, default=scatter)
 
 
 def _scattered(buffer, values, length, axis):
@@ -164,25 +166,52 @@ def _scattered(buffer, values, length, axis):
     return jax.vmap(row)(buffer, values, slot)
 
 
+def _by_heads(buffer, values, length, axis):
+    """An update for every token and head.
+
+    A TPU starts sixteen such at once. Where an update holds all heads, its compiler
+    lays the buffer out anew for it, and back for who reads it.
+    """
+    if axis == 1:
+        return _scattered(buffer, values, length, axis)
+    values = jnp.moveaxis(values, 1, 2)
+    slot = positions(length, values.shape[2])[:, None]
+    slot = jnp.broadcast_to(slot, values.shape[:3])
+
+    def head(buffer, values, slot):
+        return buffer.at[slot].set(
+            values, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    return jax.vmap(jax.vmap(head))(buffer, values, slot)
+
+
 def _in_windows(buffer, values, length, axis):
     """An update for every row: the window of T slots behind its length.
 
-    Where fewer are left, the window is the last T slots, the first of which stay.
+    Where fewer are left, the window is the last T slots, the first of which stay. No
+    row takes a slice at a place of its own, for which the compiler of a TPU would lay
+    the buffer out anew.
     """
-    count, place = values.shape[1], axis - 1
-    latest = buffer.shape[axis] - count
+    count = values.shape[1]
+    values = jnp.moveaxis(values, 1, axis)
+    late = jnp.maximum(length + count - buffer.shape[axis], 0)
 
-    def row(buffer, values, length):
-        values = values if axis == 1 else jnp.moveaxis(values, 0, 1)
-        start = jnp.minimum(length, latest)
-        old = jax.lax.dynamic_slice_in_dim(buffer, start, count, place)
-        late = length - start
-        fresh = jnp.arange(count) >= late
-        fresh = fresh.reshape(-1, *(1,) * (values.ndim - place - 1))
-        window = jnp.where(fresh, jnp.roll(values, late, place), old)
-        return jax.lax.dynamic_update_slice_in_dim(buffer, window, start, place)
+    def at_the_end(values):
+        last = jax.lax.slice_in_dim(buffer, buffer.shape[axis] - count, None, axis=axis)
+        by_row = (-1, *(1,) * (values.ndim - 1))
+        slot = jax.lax.broadcasted_iota(late.dtype, values.shape, axis)
+        for bit in range(count.bit_length()):
+            wanted = (late >> bit & 1).reshape(by_row) == 1
+            values = jnp.where(wanted, jnp.roll(values, 1 << bit, axis), values)
+        return jnp.where(slot >= late.reshape(by_row), values, last)
 
-    return jax.vmap(row)(buffer, values, length)
+    window = jax.lax.cond((late > 0).any(), at_the_end, lambda values: values, values)
+
+    def row(buffer, window, start):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, window, start, axis - 1)
+
+    return jax.vmap(row)(buffer, window, length - late)
 
 
 def compact(

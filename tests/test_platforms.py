@@ -3,8 +3,12 @@
 What is lowered here was not run on a TPU or a GPU.
 """
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_attention import model
 
@@ -13,8 +17,9 @@ from collab_jax.cooperate.efficient import exact, ngram
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.lm import language_model
-from collab_jax.models import attention
+from collab_jax.models import attention, linear
 from collab_jax.models.packed import pack
+from collab_jax.models.product import multiplied
 from collab_jax.models.transformer import transformer
 
 CONFIG, PARAMS = model()
@@ -57,14 +62,15 @@ def test_no_call_leaves_the_compiler(name, platform):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("blocks", [2, 3])
-def test_a_buffer_of_two_blocks_is_read_without_a_loop(platform, blocks):
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_buffer_of_two_blocks_is_read_without_a_loop(platform, blocks, tokens):
     """A turn of a loop costs a GPU a message to the host."""
 
     def step(params, tokens):
-        state = LM.init(params, 1, blocks * attention.BLOCK)
+        state = LM.init(params, 1, blocks * attention.block_of(tokens.shape[1]))
         return LM.extend(params, state, tokens)[0].logits
 
-    traced = jax.jit(step).trace(PARAMS, jnp.ones((1, 1), jnp.int32))
+    traced = jax.jit(step).trace(PARAMS, jnp.ones((1, tokens), jnp.int32))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text) == (blocks > 2)
 
@@ -73,3 +79,35 @@ def test_on_a_cpu_packed_matrices_do():
     """The control."""
     found = "@collab_jax_attend_" in lowered("packed", "cpu")
     assert found == native.available()
+
+
+ROWS = {
+    "array": linear.project,
+    "head": lambda x, kernel: linear.attend(x, kernel.T),
+    "int8": lambda x, kernel: kernel.project(x),
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize(("platform", "rows"), [("cuda", 2), ("tpu", 1), ("cpu", 1)])
+def test_a_gpu_reads_one_row_as_two(form, platform, rows, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    x, kernel = jnp.arange(8.0).reshape(1, 1, 8), jnp.ones((8, 4))
+    if form == "int8":
+        kernel = pack({"kernel": kernel}, "int8")["kernel"]
+    traced = jax.jit(ROWS[form]).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (dot,) = re.findall(r"dot_general.*: \(tensor<([\dx]+)f32>", text)
+    assert math.prod(map(int, dot.strip("x").split("x"))) == 8 * rows
+
+
+def test_a_row_read_as_two_is_the_same(monkeypatch):
+    """What a GPU is asked for, computed here."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *x, cuda, rocm, default: cuda(*x)
+    )
+    x = jax.random.normal(jax.random.key(0), (1, 1, 8))
+    kernel = jax.random.normal(jax.random.key(1), (8, 4))
+    both = multiplied(jnp.dot, x, kernel), jnp.dot(x, kernel)
+    assert both[0].shape == both[1].shape
+    np.testing.assert_allclose(*both, rtol=1e-6)

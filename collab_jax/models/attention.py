@@ -24,9 +24,21 @@ from collab_jax.models.rotary import rotate
 
 # Slots of a block. A small one reads less beyond the text, and a loop has a cost a
 # turn: on a CPU 128 is the best of 128, 256 and 512 from 256 slots on (measured, batch
-# 1 and 8); an accelerator starts a kernel for each step of each turn
+# 1 and 8)
 CPU_BLOCK = 128
-BLOCK = 1024
+
+
+def block_of(tokens: int) -> int:
+    """Slots of a block on an accelerator, for a call of T tokens.
+
+    A turn is a dozen kernels there, on a GPU with a word to the host for its end: one
+    token reads 8,192 slots in the time that they take. Of many tokens, the scores of a
+    block must fit in the memory.
+
+    >>> block_of(1), block_of(32), block_of(512)
+    (8192, 4096, 1024)
+    """
+    return max(1024, min(8192, 131072 // tokens))
 
 
 def attend(
@@ -338,7 +350,7 @@ class Attention(nn.Module):
             mask,
             within,
             cpu=on_a_cpu,
-            default=functools.partial(read, BLOCK),
+            default=functools.partial(read, block_of(x.shape[1])),
         )
         return self.o(out), cache, None
 

@@ -11,6 +11,8 @@ left follow as they are. Types without a sign say that panels lie so.
 Shapes: K size in, N size out, P panels of C columns.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -64,12 +66,14 @@ def held(panels: jax.Array) -> np.dtype:
     return np.dtype(jnp.int8) if panels.dtype == jnp.uint8 else panels.dtype
 
 
-def matrix(panels: jax.Array, size: int) -> jax.Array:
-    """The numbers `[..., K, N]` in float32: the inverse of `lay`.
+def matrix(panels: jax.Array, size: int, dtype: Any = jnp.float32) -> jax.Array:
+    """The numbers `[..., K, N]`: the inverse of `lay`.
 
     Args:
       panels: `[..., P, K, C]`.
       size: N.
+      dtype: in which the numbers are exact. The way there is a single step: a GPU takes
+        that into the product, and of two it would write the matrix to its memory.
 
     >>> whole = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     >>> matrix(jnp.asarray(lay(whole, 2, True)), 3).tolist()
@@ -87,7 +91,7 @@ def matrix(panels: jax.Array, size: int) -> jax.Array:
         words = words.reshape(*lead, count, whole, columns)
         panels = jnp.concatenate([words, panels[..., whole:, :]], -2)
     wide = jnp.moveaxis(panels, -3, -2).reshape(*lead, depth, count * columns)
-    return widened(wide[..., :size])
+    return widened(wide[..., :size], dtype)
 
 
 def columns(panels: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -115,13 +119,17 @@ def columns(panels: jax.Array, chosen: jax.Array) -> jax.Array:
     return widened(jnp.concatenate([words, panels[panel, whole:, column]], -1))
 
 
-def widened(numbers: jax.Array) -> jax.Array:
-    """Numbers of panels in float32.
+def widened(numbers: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Numbers of panels in another type.
+
+    Args:
+      numbers: of any shape.
+      dtype: in which they are exact.
 
     >>> widened(jnp.array([129], jnp.uint8)).tolist()
     [1.0]
     """
     if numbers.dtype in BITS:
         numbers = jax.lax.bitcast_convert_type(numbers, jnp.bfloat16)
-    wide = numbers.astype(jnp.float32)
+    wide = numbers.astype(dtype)
     return wide - 128 if numbers.dtype == jnp.uint8 else wide

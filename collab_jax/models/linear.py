@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from collab_jax.models import packed
 from collab_jax.models.packed import Packed
+from collab_jax.models.product import multiplied
 
 Kernel = Any  # an array, or a value with a method project(x)
 
@@ -39,7 +40,7 @@ def project(x: jax.Array, kernel: Kernel, bias: jax.Array | None = None) -> jax.
     if hasattr(kernel, "project"):
         y = kernel.project(x)
     else:
-        y = jnp.dot(x, kernel.astype(x.dtype))
+        y = multiplied(jnp.dot, x, kernel.astype(x.dtype))
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -134,12 +135,12 @@ def attend(x: jax.Array, embedding: Kernel) -> jax.Array:
     """
     if hasattr(embedding, "attend"):
         return embedding.attend(x)
-    return jax.lax.dot_general(
-        x,
-        embedding.astype(x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    return multiplied(dot, x, embedding.astype(x.dtype))
 
 
 def lookup(tokens: jax.Array, embedding: Kernel) -> jax.Array:

@@ -39,6 +39,7 @@ import numpy as np
 from collab_jax import native, tree
 from collab_jax.lm import Params
 from collab_jax.models import layout
+from collab_jax.models.product import multiplied
 
 KINDS = "packed", "bfloat16", "int8"
 # kernels, the experts' among them, but not of a router: it is small, and it decides
@@ -76,9 +77,9 @@ class Packed:
         own = (self.size, depth) if self.tied else (depth, self.size)
         return (*lead, *own)
 
-    def matrix(self) -> jax.Array:
-        """`[..., K, N]` float32, without the scale."""
-        return layout.matrix(self.panels, self.size)
+    def matrix(self, dtype: Any = jnp.float32) -> jax.Array:
+        """`[..., K, N]` without the scale, in a type in which it is exact."""
+        return layout.matrix(self.panels, self.size, dtype)
 
     def unpack(self) -> jax.Array:
         """The matrix in its type, exact where the panels have that type."""
@@ -156,8 +157,8 @@ def _short(x: jax.Array, kernels: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
 
 
 def _product(x: jax.Array, kernel: Packed) -> jax.Array:
-    matrix = kernel.matrix().astype(x.dtype)
-    y = jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    y = multiplied(dot, x, kernel.matrix(x.dtype))
     return y if kernel.scale is None else y * kernel.scale
 
 
