@@ -129,7 +129,7 @@ def search(
     eos: Sequence[int] = (),
     stop: Stop | None = None,
     measure: Callable[[jax.Array], jax.Array] = law.log_probs,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Decoder:
     """Beam search for the continuation of the best penalised log-probability.
 
@@ -160,7 +160,7 @@ def search(
       stop: a beam ends with the token that completes a stop string, which it keeps.
       measure: from logits `[B, V]` to what a beam sums in the place of log-probs, e.g.
         the identity, where scores are not a law (contrastive decoding). -inf forbids.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Raises:
       ValueError: for max_new_tokens or beams < 1, a length penalty that is not finite,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax import slots
-from collab_jax.lm import LM, Out, State, padded, prefill
+from collab_jax.lm import LM, Out, State, padded, piece, prefill
 from collab_jax.pool import Pool
 
 
@@ -152,7 +152,7 @@ class PrefixedState(NamedTuple):
     consumed: jax.Array  # [B] tokens of the shared text consumed
 
 
-def prefixed(lm: LM, chunk: int = 128) -> LM:
+def prefixed(lm: LM, chunk: int | None = None) -> LM:
     """A member with a prompt of its own, in front of the text that all members share.
 
     The shared text begins with one start token, which this member reads as the last
@@ -162,7 +162,7 @@ def prefixed(lm: LM, chunk: int = 128) -> LM:
 
     Args:
       lm: any LM.
-      chunk: tokens of the prompt consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       An LM whose parameters are `(params, tokens[B, P], length[B])`: the member's, and
@@ -185,7 +185,7 @@ def prefixed(lm: LM, chunk: int = 128) -> LM:
                 "one prompt a row is expected"
             )
         width = tokens.shape[1] - 1
-        state = lm.init(inner, batch, padded(width, chunk) + capacity)
+        state = lm.init(inner, batch, padded(width, piece(chunk, batch)) + capacity)
         state = prefill(lm, inner, state, tokens[:, :width], length - 1, chunk)
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
         return PrefixedState(state, last, jnp.zeros(batch, jnp.int32))

@@ -23,7 +23,7 @@ from collab_jax.decoder import (
     stream,
     streaming,
 )
-from collab_jax.lm import LM, Params, State, padded, prefill
+from collab_jax.lm import LM, Params, State, read_prompt
 from collab_jax.stop import Stop
 
 __all__ = [
@@ -67,7 +67,7 @@ def start(
     prompt: jax.Array,
     prompt_length: jax.Array,
     room: int,
-    chunk,
+    chunk: int | None,
 ) -> tuple[State, jax.Array]:
     """An LM that has consumed all but the last token of each prompt, and its buffer.
 
@@ -77,7 +77,7 @@ def start(
       prompt: `[B, P]`, right-padded.
       prompt_length: `[B]`, at least 1.
       room: slots wanted behind the longest prompt (new tokens and widest call).
-      chunk: tokens consumed by one call.
+      chunk: see `lm.prefill`.
 
     Returns:
       The state, and the tokens `[B, P + room]`.
@@ -88,10 +88,7 @@ def start(
     >>> state.length.tolist(), tokens.shape
     ([1], (1, 5))
     """
-    batch, width = prompt.shape
-    capacity = max(width + room, padded(width - 1, chunk))
-    state = lm.init(params, batch, capacity)
-    state = prefill(lm, params, state, prompt[:, :-1], prompt_length - 1, chunk)
+    state = read_prompt(lm, params, prompt, prompt_length, room, chunk)
     return state, jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, room)))
 
 
@@ -120,7 +117,7 @@ def sample(
     *,
     eos: Sequence[int] = (),
     stop: Stop | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Decoder:
     """Ancestral sampling: `x_t ~ p(. | x_<t)`, by the Gumbel-max rule.
 
@@ -132,7 +129,7 @@ def sample(
       max_new_tokens: a row ends after so many new tokens.
       eos: a row ends with any of these tokens, which it keeps.
       stop: a row ends with the token that completes a stop string, which it keeps.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Raises:
       ValueError: for max_new_tokens < 1.
@@ -154,7 +151,7 @@ def greedy(
     *,
     eos: Sequence[int] = (),
     stop: Stop | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Decoder:
     """The likeliest token each time, `x_t = argmax p(. | x_<t)`; the first of equals.
 
@@ -166,7 +163,7 @@ def greedy(
       max_new_tokens: a row ends after so many new tokens.
       eos: a row ends with any of these tokens, which it keeps.
       stop: a row ends with the token that completes a stop string, which it keeps.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Raises:
       ValueError: for max_new_tokens < 1.

@@ -143,7 +143,7 @@ def prefill(
     state: State,
     tokens: jax.Array,
     count: jax.Array,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> State:
     """Consumes the first `count[b]` tokens of every row; no logits are computed.
 
@@ -157,7 +157,7 @@ def prefill(
       state: B rows.
       tokens: `[B, T]`, right-padded with any token of the vocabulary.
       count: `[B]`, how many tokens of each row to consume, 0 to T.
-      chunk: tokens consumed by one call.
+      chunk: tokens of a row consumed by one call; None is what `piece` says.
 
     >>> from collab_jax.models import table
     >>> lm = table.language_model(order=1)
@@ -170,13 +170,14 @@ def prefill(
     width = tokens.shape[1]
     if width == 0:
         return state
+    chunk = piece(chunk, tokens.shape[0])
     total = padded(width, chunk)
     chunk = min(chunk, total)
     tokens = jnp.pad(tokens, ((0, 0), (0, total - width)), mode="edge")
 
     def consume(i, state):
-        piece = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
-        return lm.extend(params, state, piece)[1]
+        part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+        return lm.extend(params, state, part)[1]
 
     if total == chunk:
         state = consume(0, state)
@@ -185,7 +186,55 @@ def prefill(
     return lm.rewind(state, total - count)
 
 
-def padded(width: int, chunk: int = 128) -> int:
+def read_prompt(
+    lm: LM,
+    params: Params,
+    prompt: jax.Array,
+    prompt_length: jax.Array,
+    room: int,
+    chunk: int | None = None,
+) -> State:
+    """The state that has consumed all but the last token of each prompt.
+
+    Args:
+      lm: any LM.
+      params: its parameters.
+      prompt: `[B, P]`, right-padded.
+      prompt_length: `[B]`, at least 1.
+      room: slots wanted behind the longest prompt.
+      chunk: see `prefill`.
+
+    >>> from collab_jax.models import table
+    >>> lm, params = table.language_model(1), table.init(jax.random.key(0), 3, 1)
+    >>> read_prompt(lm, params, jnp.array([[1, 2]]), jnp.array([2]), 3).length.tolist()
+    [1]
+    """
+    batch, width = prompt.shape
+    capacity = max(width + room, padded(width - 1, piece(chunk, batch)))
+    state = lm.init(params, batch, capacity)
+    return prefill(lm, params, state, prompt[:, :-1], prompt_length - 1, chunk)
+
+
+def piece(chunk: int | None, batch: int) -> int:
+    """Tokens of each row that one call of `prefill` consumes.
+
+    Every call reads all weights. An accelerator does 200 to 600 products of a row in
+    the time in which it reads a weight of bfloat16, a CPU core a few: calls of 512
+    tokens in all keep the former busy, and 128 of a row are enough for the latter.
+
+    Args:
+      chunk: what was asked for, or None.
+      batch: B rows.
+
+    >>> piece(64, 1), piece(None, 1) >= 128, piece(None, 8)
+    (64, True, 128)
+    """
+    if chunk is not None:
+        return chunk
+    return 128 if jax.default_backend() == "cpu" else max(128, 512 // batch)
+
+
+def padded(width: int, chunk: int) -> int:
     """Slots that `prefill` needs for T tokens: T, or its chunks if there are several.
 
     >>> padded(5, 128), padded(130, 128)

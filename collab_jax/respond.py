@@ -253,7 +253,7 @@ def from_lm(
     stops: Sequence[str] = (),
     batch_size: int = 8,
     capacity: int | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     report: Callable[[int, Reply], None] | None = None,
 ) -> Responder:
     """Lifts an LM to a responder: greedy, or sampling from its warped laws.
@@ -268,7 +268,7 @@ def from_lm(
       stops: a reply ends before the first of these strings.
       batch_size: most rows of a program.
       capacity: most tokens of prompt and reply together, the model's positions.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
       report: called with (index, reply) as soon as a reply is known.
 
     Raises:

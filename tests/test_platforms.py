@@ -16,7 +16,7 @@ from collab_jax import combine, decode, native, pool
 from collab_jax.cooperate.efficient import exact, ngram
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
-from collab_jax.lm import language_model
+from collab_jax.lm import language_model, read_prompt
 from collab_jax.models import attention, linear
 from collab_jax.models.packed import pack
 from collab_jax.models.product import multiplied
@@ -111,3 +111,19 @@ def test_a_row_read_as_two_is_the_same(monkeypatch):
     both = multiplied(jnp.dot, x, kernel), jnp.dot(x, kernel)
     assert both[0].shape == both[1].shape
     np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "read"), [("cpu", 128), ("gpu", 512)])
+def test_an_accelerator_reads_a_prompt_in_larger_pieces(backend, read, monkeypatch):
+    """At 128 tokens a call, reading the weights is what it would wait for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    widths = set()
+
+    def extend(params, state, tokens):
+        widths.add(tokens.shape)
+        return LM.extend(params, state, tokens)
+
+    watched = LM._replace(extend=extend)
+    prompt, length = jnp.ones((2, 1025), jnp.int32), jnp.array([1025, 7])
+    jax.eval_shape(lambda: read_prompt(watched, PARAMS, prompt, length, 8).length)
+    assert widths == {(2, read // (2 if backend == "gpu" else 1))}

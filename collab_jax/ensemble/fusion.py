@@ -26,7 +26,7 @@ def fused(
     bridges: Sequence[Bridge] = (),
     start: int | None = None,
     ratio: float = 2.0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> LM:
     """The mean of a task model and a language model with a prompt of its own.
 
@@ -45,7 +45,7 @@ def fused(
         the text to those of each, with which the mean is that of `union`.
       start: with bridges: the token that every text begins with.
       ratio: room of members with bridges, see `translate.spelled`.
-      chunk: tokens of the prompt consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       An LM whose parameters are `(task's, (model's, prompts[B, P], length[B]))`, see

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from collab_jax import law
 from collab_jax.cooperate.efficient.draft import Draft, Proposer, check_size
 from collab_jax.cooperate.efficient.stopping import Stopping
-from collab_jax.lm import LM, Out, State, padded, prefill
+from collab_jax.lm import LM, Out, State, read_prompt
 
 
 class DraftState(NamedTuple):
@@ -35,7 +35,7 @@ def draft_lm(
     greedy: bool = False,
     stopping: Stopping | None = None,
     whole: bool = False,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Proposer:
     """Proposes what an LM samples: `x_i ~ q(. | x_<i)`, i = 1 .. K.
 
@@ -50,7 +50,7 @@ def draft_lm(
       stopping: when to stop earlier, row by row; the calls end when all rows stopped.
       whole: whether `Draft.out` holds the outputs at the pending token and at all K
         tokens, for targets that read them; costs one more call.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A proposer of chains. Its parameters are the LM's; with a stopping rule, the pair
@@ -86,10 +86,8 @@ def draft_lm(
 
     def init(params, prompt, prompt_length, room):
         params, own = split(params)
-        batch, width = prompt.shape
-        capacity = max(width + room, padded(width - 1, chunk))
-        state = lm.init(params, batch, capacity)
-        state = prefill(lm, params, state, prompt[:, :-1], prompt_length - 1, chunk)
+        batch = prompt.shape[0]
+        state = read_prompt(lm, params, prompt, prompt_length, room, chunk)
         zeros = jnp.zeros(batch, jnp.int32)
         rule = () if stopping is None else stopping.init(own, batch)
         return DraftState(state, zeros, zeros, rule)

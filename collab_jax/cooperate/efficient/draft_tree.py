@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from collab_jax.cooperate.efficient.draft import Proposer
 from collab_jax.cooperate.efficient.growth import Growth
-from collab_jax.lm import LM, Out, Params, State, padded, prefill
+from collab_jax.lm import LM, Out, Params, State, read_prompt
 
 
 class TreeState(NamedTuple):
@@ -28,7 +28,7 @@ class TreeState(NamedTuple):
     place: jax.Array  # [B, N] int32, which node of the last branch a node is, or -1
 
 
-def draft_tree(lm: LM, growth: Growth, chunk: int = 128) -> Proposer:
+def draft_tree(lm: LM, growth: Growth, chunk: int | None = None) -> Proposer:
     """Proposes a tree of an LM's tokens.
 
     With `ranked` and `expanded` the tree is one-hot, and `tree.sampled` verifies it;
@@ -40,7 +40,7 @@ def draft_tree(lm: LM, growth: Growth, chunk: int = 128) -> Proposer:
       lm: any LM over the target's vocabulary, warped or not.
       growth: `ranked(paths)`, `drawn(paths)` or `expanded(depth, width, nodes)`. (A
         chain reads every token several times here; `draft_lm` does not.)
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A proposer; its parameters are the LM's.
@@ -60,10 +60,9 @@ def draft_tree(lm: LM, growth: Growth, chunk: int = 128) -> Proposer:
     """
 
     def init(params, prompt, prompt_length, room):
-        batch, width = prompt.shape
-        capacity = max(width + room + growth.reads, padded(width - 1, chunk))
-        state = lm.init(params, batch, capacity)
-        state = prefill(lm, params, state, prompt[:, :-1], prompt_length - 1, chunk)
+        batch = prompt.shape[0]
+        room = room + growth.reads
+        state = read_prompt(lm, params, prompt, prompt_length, room, chunk)
         place = jnp.full((batch, growth.size), -1, jnp.int32)
         return TreeState(state, jnp.zeros(batch, jnp.int32), place)
 

@@ -97,7 +97,7 @@ def upper(first: Backbone, last: Backbone, tap: str) -> LM:
     return LM(init, extend, both("rewind"), both("take"), branch, both("prune"))
 
 
-def early_exit(lm: LM, tap: str, chunk: int = 128) -> Target:
+def early_exit(lm: LM, tap: str, chunk: int | None = None) -> Target:
     """The target that goes on from where the draft's layers ended.
 
     The draft is `draft_lm(language_model(first), K, whole=True)`, warped as the target
@@ -107,7 +107,7 @@ def early_exit(lm: LM, tap: str, chunk: int = 128) -> Target:
       lm: `upper(first, last, tap)`, or any LM made of it; its parameters have `Begun()`
         in its place.
       tap: which hidden states of the draft are handed over, "hidden.E".
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Raises:
       ValueError: when first called, if the draft hands over no such hidden states.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from collab_jax import slots
 from collab_jax.cooperate.efficient.draft import Proposer, Verified, along, of_one_model
 from collab_jax.cooperate.efficient.growth import Growth
-from collab_jax.lm import Backbone, Features, KVCache, padded
+from collab_jax.lm import Backbone, Features, KVCache, padded, piece
 from collab_jax.models.extrapolator import Extrapolator
 
 
@@ -47,7 +47,7 @@ def feature_drafter(
     growth: Growth,
     *warps: Callable[[jax.Array], jax.Array],
     read: Callable[[Any], Features] = of_one_model,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Proposer:
     """Proposes what a layer over the target's features makes of its own guesses.
 
@@ -66,7 +66,7 @@ def feature_drafter(
       *warps: functions of logits `[B, T, V]`, e.g. `warp.temperature(0.7)`; the first
         is applied first. They make the draft's law like that of a warped target.
       read: from the target's features to this model's.
-      chunk: prompt tokens read by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A proposer. Its parameters are the pair of the layer's and of the model's.
@@ -108,8 +108,8 @@ def feature_drafter(
     def init(params, prompt, prompt_length, room):
         own, base = _pair(params)
         batch, width = prompt.shape
-        total = padded(width, chunk)
-        piece = min(chunk, total)
+        total = padded(width, piece(chunk, batch))
+        size = min(piece(chunk, batch), total)
         prompt = jnp.pad(prompt, ((0, 0), (0, total - width)), mode="edge")
         capacity = max(width + room + growth.reads, total)
         target = backbone.init(base, batch, total)
@@ -118,25 +118,25 @@ def feature_drafter(
 
         def consume(i, carry):
             target, cache, before, guess = carry
-            tokens = jax.lax.dynamic_slice_in_dim(prompt, i * piece, piece, axis=1)
+            tokens = jax.lax.dynamic_slice_in_dim(prompt, i * size, size, axis=1)
             x = backbone.embed(base, tokens)
             features, target = backbone.features(base, target, x)
             seen = layer.see(own, features)
             shifted = jnp.concatenate([before[:, None], seen[:, :-1]], axis=1)
             guesses, cache = layer.read(own, cache, x, shifted)
-            place = last - i * piece
-            found = _at(guesses, jnp.clip(place, 0, piece - 1))
-            here = (place >= 0) & (place < piece)
+            place = last - i * size
+            found = _at(guesses, jnp.clip(place, 0, size - 1))
+            here = (place >= 0) & (place < size)
             guess = jnp.where(here[:, None], found, guess)
             return target, cache, seen[:, -1], guess
 
         like = jax.eval_shape(backbone.embed, base, prompt[:, :1])
         blank = jnp.zeros((batch, layer.width), like.dtype)
         carry = target, cache, blank, blank
-        if total == piece:
+        if total == size:
             carry = consume(0, carry)
         else:
-            carry = jax.lax.fori_loop(0, total // piece, consume, carry)
+            carry = jax.lax.fori_loop(0, total // size, consume, carry)
         _, cache, _, guess = carry
         return FeatureState(cache.rewind(total - prompt_length), guess)
 

@@ -96,7 +96,7 @@ def remembered(lm: LM) -> LM:
     return lm._replace(extend=extend, branch=branch)
 
 
-def reuse(lm: LM, chunk: int = 128) -> Target:
+def reuse(lm: LM, chunk: int | None = None) -> Target:
     """A target in which the draft's own outputs take part: `v_i = f(p_i, q_i)`.
 
     The draft has to hand over its outputs at all N tokens and at the pending one:
@@ -107,7 +107,7 @@ def reuse(lm: LM, chunk: int = 128) -> Target:
     Args:
       lm: any LM with `component(vocab)` among its members; its parameters have
         `Drafted()` in their places.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Raises:
       ValueError: when first called, if the draft has no outputs, or their number does

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.cooperate.efficient.draft import Draft
-from collab_jax.lm import LM, Out, Params, State, padded, prefill
+from collab_jax.lm import LM, Out, Params, State, read_prompt
 
 
 class Target(NamedTuple):
@@ -40,7 +40,7 @@ class Read(NamedTuple):
     unread: jax.Array  # [] int32, of the 1 + N tokens of the last round
 
 
-def on_lm(lm: LM, chunk: int = 128, widths: Sequence[int] = ()) -> Target:
+def on_lm(lm: LM, chunk: int | None = None, widths: Sequence[int] = ()) -> Target:
     """The laws of any LM as the target: `v_i = p(. | x_<i)`.
 
     A round is as wide as the longest draft can be, also when little was drafted. With
@@ -52,7 +52,7 @@ def on_lm(lm: LM, chunk: int = 128, widths: Sequence[int] = ()) -> Target:
     Args:
       lm: any LM, warps and combinators included; it is extended by 1 + N tokens a
         round, or branched if the draft is a tree.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
       widths: of a round of chains, in tokens with the pending one, beside 1 + N; e.g.
         `(1, 4)`. Those above 1 + N are left out.
 
@@ -74,10 +74,7 @@ def on_lm(lm: LM, chunk: int = 128, widths: Sequence[int] = ()) -> Target:
             raise ValueError(f"widths = {tuple(widths)}: numbers from 1 are expected")
 
     def init(params, prompt, prompt_length, room):
-        batch, width = prompt.shape
-        capacity = max(width + room, padded(width - 1, chunk))
-        state = lm.init(params, batch, capacity)
-        return prefill(lm, params, state, prompt[:, :-1], prompt_length - 1, chunk)
+        return read_prompt(lm, params, prompt, prompt_length, room, chunk)
 
     def score(params, state, draft, pending):
         tokens = jnp.concatenate([pending[:, None], draft.tokens], axis=1)

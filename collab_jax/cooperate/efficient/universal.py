@@ -22,7 +22,7 @@ from collab_jax.cooperate.efficient.draft import check_size
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.decoder import Sequences, check_finite, pad
 from collab_jax.io.retokenize import Retokenizer
-from collab_jax.lm import LM, Params, State, padded, prefill
+from collab_jax.lm import LM, Params, State, padded, piece, prefill
 
 
 class Info(NamedTuple):
@@ -51,7 +51,7 @@ def universal(
     *,
     width: int | None = None,
     eos: Sequence[int] = (),
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Callable[[tuple[Params, Params], Sequence[Sequence[int]]], Sequences]:
     """Speculative greedy decoding with a draft whose vocabulary is another one.
 
@@ -66,7 +66,7 @@ def universal(
       max_new_tokens: a row ends after so many new tokens.
       width: W, the most target tokens of a draft; 2 K unless given.
       eos: a row ends with any of these tokens of the target, which it keeps.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A function of (parameters of target and draft, prompts), B lists of target tokens,
@@ -94,7 +94,7 @@ def universal(
     >>> result.tokens.tolist(), result.info.calls.tolist()
     ([[2, 2, 2, 2, 2, 2]], [2])
     """
-    size = check_size("length", length)
+    size, chunk = check_size("length", length), piece(chunk, 1)
     wide = 2 * size if width is None else check_size("width", width)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, at least 1 is expected")

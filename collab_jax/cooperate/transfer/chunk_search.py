@@ -22,7 +22,9 @@ from collab_jax.lm import LM, Params, State
 from collab_jax.pool import linear
 
 
-def _reader(lm: LM, chunk: int) -> Callable[[Params, jax.Array, jax.Array, int], State]:
+def _reader(
+    lm: LM, chunk: int | None
+) -> Callable[[Params, jax.Array, jax.Array, int], State]:
     """`Grader.init` of an LM that reads the text."""
 
     def init(params: Params, prompt: jax.Array, length: jax.Array, room: int) -> State:
@@ -31,13 +33,13 @@ def _reader(lm: LM, chunk: int) -> Callable[[Params, jax.Array, jax.Array, int],
     return init
 
 
-def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
+def valued(values: LM, judge: Judge = output(), chunk: int | None = None) -> Grader:
     """Grades a text by what a model of values says at its end.
 
     Args:
       values: any LM over the base's tokens; its outputs are read as numbers.
       judge: from the outputs to a number.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     >>> from collab_jax.models import table
     >>> params = jnp.array([[1.0, 0.0], [5.0, 0.0], [0.0, 0.0]])
@@ -62,14 +64,14 @@ def valued(values: LM, judge: Judge = output(), chunk: int = 128) -> Grader:
     return Grader(_reader(values, chunk), grade, values.take)
 
 
-def summed(scores: LM, chunk: int = 128) -> Grader:
+def summed(scores: LM, chunk: int | None = None) -> Grader:
     """Grades a text by the sum of the scores of its new tokens.
 
     `g(y) = sum_t s(y_t | x, y_<t)`, with the logits of the LM as they are.
 
     Args:
       scores: an LM whose logits are scores of tokens, not normalised.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     >>> from collab_jax.models import table
     >>> params = jnp.array([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])

@@ -21,13 +21,13 @@ from collab_jax.lm import LM, Params
 from collab_jax.pool import Pool, linear
 
 
-def contextual(lm: LM, pool: Pool, chunk: int = 128) -> LM:
+def contextual(lm: LM, pool: Pool, chunk: int | None = None) -> LM:
     """One model under two prompts, as one LM: the members are (with, without).
 
     Args:
       lm: any LM.
       pool: of the two laws: `cad(alpha)`, `adacad()`.
-      chunk: tokens of the prompts consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       An LM whose parameters are those of `contexts`.

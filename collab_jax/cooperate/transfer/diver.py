@@ -91,7 +91,7 @@ def diverging(ratio, farthest: bool = False) -> Growth:
     return Growth(halt, choose)
 
 
-def informed(judge: LM, size: int, strength=1.0, chunk: int = 128) -> Grader:
+def informed(judge: LM, size: int, strength=1.0, chunk: int | None = None) -> Grader:
     """Grades a span by its log-prob and by what it says of the source.
 
     `log p(s | x, y) + w log q(x | y, s)`
@@ -100,7 +100,7 @@ def informed(judge: LM, size: int, strength=1.0, chunk: int = 128) -> Grader:
       judge: q, an LM over the base's tokens.
       size: tokens of the longest source, with the separator that it begins with.
       strength: w; 1 in the paper, 0 is the likeliest span.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A grader with the parameters of `future.followed`.
@@ -136,7 +136,7 @@ def diver(
     size: int = 8,
     farthest: bool = False,
     strength=1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
     **rest: Any,
 ) -> Decoder:
     """Greedy decoding that at places of divergence weighs whole spans by the source.
@@ -158,7 +158,7 @@ def diver(
       farthest: whether the spans go to the last place of divergence that one of them
         meets, and not to the first.
       strength: of the mutual information; 0 takes the likeliest span.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
       **rest: of `span_search`: eos, stop.
 
     Returns:

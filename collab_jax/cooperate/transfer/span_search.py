@@ -136,7 +136,7 @@ def span_search(
     size: int,
     eos: Sequence[int] = (),
     stop: Stop | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Decoder:
     """Grows every beam in several lanes by a span, and keeps the best lanes.
 
@@ -154,7 +154,7 @@ def span_search(
       size: L, tokens of a span at most.
       eos: a beam ends with any of these tokens, which it keeps.
       stop: a beam ends with the token that completes a stop string, which it keeps.
-      chunk: prompt tokens consumed by one call.
+      chunk: prompt tokens consumed by one call; None as `lm.piece` says.
 
     Returns:
       A decoder whose parameters are (the base's, the grader's). `Sequences.scores` are
