@@ -1,8 +1,8 @@
 """Parameters that compete: PCB-Merging, whose weights come from products of deltas.
 
-All statistics are over the whole model, so they are surveys: two to find the extremes
-of all products exactly (extremes do not add up over leaves, histograms do), one for the
-denominators of the softmaxes, two more for the threshold.
+All statistics are over the whole model, so they are surveys: those of `ranked` to find
+the extremes of all products exactly (extremes do not add up over leaves, histograms do)
+and the threshold, one for the denominators of the softmaxes.
 
 Shapes: N experts, S the shape of a leaf, D the entries of the model.
 """
@@ -11,16 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from collab_jax import order
-from collab_jax.merge import magnitude
-from collab_jax.merge.magnitude import Digit
+from collab_jax.merge import magnitude, ranked
 from collab_jax.merge.sparsify import trim_whole
 from collab_jax.merge.stack import Stack, Survey, Transform, chain, total
 from collab_jax.merge.weigh import scale
-
-_UPPER, _LOWER = Digit(16, 16), Digit(0, 16)
 
 
 def compete() -> Transform:
@@ -49,38 +45,22 @@ def compete() -> Transform:
         most = jnp.finfo(jnp.float32).max
         return {(i, j): jnp.minimum(deltas[i] * deltas[j], most) for i, j in pairs}
 
-    def count_upper(stack, name, facts):
-        values = products(stack).values()
-        return [magnitude.histogram(order.ordered(x), _UPPER) for x in values]
+    def ordered(stack: Stack) -> list[jax.Array]:
+        return [order.ordered(x) for x in products(stack).values()]
 
-    def ends(counts, facts, size):
-        """For each pair, the bins of the smallest and of the largest product."""
-        return [[magnitude.at_rank(c, r) for r in (c.sum(), 1)] for c in counts]
+    def ends(counts, size):
+        """The smallest and the largest product."""
+        return [magnitude.entries(counts), 1]
 
-    def count_lower(stack, name, facts):
-        return [
-            [
-                magnitude.histogram(order.ordered(x), _LOWER, jnp.uint32(bin_))
-                for bin_, _ in pair
-            ]
-            for x, pair in zip(products(stack).values(), facts[0], strict=True)
-        ]
-
-    def extremes(counts, facts, size):
-        return [
-            [
-                _number((bin_ << _UPPER.shift) | magnitude.at_rank(c, rank)[0])
-                for c, (bin_, rank) in zip(pair, found, strict=True)
-            ]
-            for pair, found in zip(counts, facts[0], strict=True)
-        ]
+    search = ranked.surveys(ordered, ends, ranked.digits(32))
 
     def normal(stack, facts):
-        pairs = products(stack)
-        return {
-            pair: (x - low) / jnp.where(high > low, high - low, 1)
-            for (pair, x), (low, high) in zip(pairs.items(), facts[1], strict=True)
-        }
+        found = {}
+        extremes = facts[len(search) - 1]
+        for (pair, x), own in zip(products(stack).items(), extremes, strict=True):
+            low, high = (_number(jnp.uint32(bits)) for bits, _ in own)
+            found[pair] = (x - low) / jnp.where(high > low, high - low, 1)
+        return found
 
     def inner(stack, facts):
         """Numerators: of each expert with itself, and of each pair."""
@@ -92,11 +72,11 @@ def compete() -> Transform:
         return jax.tree.map(jnp.sum, inner(stack, facts))
 
     def means(sums, facts, size):
-        return jax.tree.map(lambda x: x / size, sums)
+        return jax.tree.map(lambda x: x / float(size), sums)
 
     def apply(stack: Stack, name: str, facts: Any) -> Stack:
         own, cross = inner(stack, facts)
-        own_mean, cross_mean = facts[2]
+        own_mean, cross_mean = facts[len(search)]
         shares = {pair: x / jnp.float32(cross_mean[pair]) for pair, x in cross.items()}
         weights = tuple(
             own[i] / jnp.float32(own_mean[i])
@@ -109,22 +89,14 @@ def compete() -> Transform:
             deltas=tuple(moved), weights=tuple(w.astype(precision) for w in weights)
         )
 
-    survey = (
-        Survey(count_upper, ends),
-        Survey(count_lower, extremes),
-        Survey(ask_sums, means),
-    )
+    survey = *search, Survey(ask_sums, means)
     return Transform(apply, survey, lambda name, shape: ())
 
 
-def _number(bits):
+def _number(bits: jax.Array) -> jax.Array:
     """The float32 of a uint32 of `order.ordered`."""
-    if isinstance(bits, jax.core.Tracer):
-        bits = bits.astype(jnp.uint32)
-        plain = jnp.where(bits >> 31 == 1, bits ^ jnp.uint32(1 << 31), ~bits)
-        return jax.lax.bitcast_convert_type(plain, jnp.float32)
-    bits = np.uint32(bits)
-    return (bits ^ np.uint32(1 << 31) if bits >> 31 else ~bits).view(np.float32)
+    plain = jnp.where(bits >> 31 == 1, bits ^ jnp.uint32(1 << 31), ~bits)
+    return jax.lax.bitcast_convert_type(plain, jnp.float32)
 
 
 def keep_heaviest(density) -> Transform:

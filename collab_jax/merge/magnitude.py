@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax.merge import pieces
+from collab_jax.merge import pieces, wide
+from collab_jax.merge.wide import Wide
 
 _BLOCK = 1 << 20  # entries that are compared at a time
 FEW = 1 << 12  # entries, of which histograms would cost more than 31 passes
+FEW_BITS = 2  # of a digit whose values are counted one by one
 
 
 class Digit(NamedTuple):
@@ -73,15 +75,29 @@ def histogram(values: jax.Array, digit: Digit, prefix=None) -> jax.Array:
     if prefix is not None:
         inside = (values >> (digit.shift + digit.width)) == prefix
         index = jnp.where(inside, index, bins)  # out of bounds: dropped
+    if digit.width <= FEW_BITS:
+        return jnp.stack([(index == i).sum(dtype=jnp.int32) for i in range(bins)])
     return jnp.zeros(bins, jnp.int32).at[index].add(1, mode="drop")
+
+
+def entries(counts):
+    """How many entries a histogram has counted, of the kind of its counts.
+
+    Args:
+      counts: as of `at_rank`.
+
+    >>> int(entries(jnp.array([5, 2, 1])))
+    8
+    """
+    return wide.total(counts) if isinstance(counts, Wide) else counts.sum()
 
 
 def at_rank(counts, rank):
     """The bin of the rank-th largest of a histogram, and its rank inside that bin.
 
     Args:
-      counts: `[bins]` integers, of NumPy or JAX.
-      rank: 1 is the largest.
+      counts: `[bins]` integers, of NumPy or JAX, or `Wide`; at most 2 ** 16 bins.
+      rank: 1 is the largest; of the kind of the counts, or a Python integer.
 
     >>> [int(x) for x in at_rank(jnp.array([5, 2, 1]), 2)]
     [1, 1]
@@ -91,18 +107,25 @@ def at_rank(counts, rank):
         found = ((above >= rank).sum() - 1).clip(0)
         return found, rank - (above[found] - counts[found])
     # bit by bit: XLA compiles, and on CPUs runs, a scan more slowly
-    bins = jnp.arange(len(counts), dtype=jnp.int32)
-    width = (len(counts) - 1).bit_length()
+    narrow = not isinstance(counts, Wide)
+    size = counts.shape[0] if narrow else counts.low.shape[0]
+    bins = jnp.arange(size, dtype=jnp.int32)
+    width = (size - 1).bit_length()
+    rank = rank if narrow else wide.wide(rank)
 
     def above_or_at(least):
-        return jnp.where(bins >= least, counts, 0).sum(dtype=counts.dtype)
+        chosen = jax.tree.map(lambda part: jnp.where(bins >= least, part, 0), counts)
+        return chosen.sum(dtype=counts.dtype) if narrow else wide.total(chosen)
 
     def set_bit(i, found):
         candidate = found | (1 << (width - 1 - i))
-        return jnp.where(above_or_at(candidate) >= rank, candidate, found)
+        above = above_or_at(candidate)
+        enough = above >= rank if narrow else wide.at_least(above, rank)
+        return jnp.where(enough, candidate, found)
 
     found = jax.lax.fori_loop(0, width, set_bit, jnp.int32(0))
-    return found, rank - above_or_at(found + 1)
+    above = above_or_at(found + 1)
+    return found, rank - above if narrow else wide.less(rank, above)
 
 
 class Cut(NamedTuple):

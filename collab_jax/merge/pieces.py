@@ -10,7 +10,6 @@ for a whole leaf at once (selecting, sorting), such a driver does between two ru
 """
 
 import math
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from collab_jax.merge import wide
+from collab_jax.merge.wide import Wide
 
 _asked = threading.local()
 LANES = 1024  # of a sum; sizes of pieces are multiples
@@ -211,7 +213,9 @@ def hosted(part: Callable) -> Callable:
 
 
 def add(total: Any, summary: Any) -> Any:
-    """Adds the summary of one more leaf; integers of NumPy, 64 bits wide, outside jit.
+    """Adds the summary of one more leaf; counts are never narrower than 64 bits.
+
+    Outside of jit they are integers of NumPy, inside `Wide`.
 
     Args:
       total: of the leaves before; None for the first.
@@ -221,11 +225,17 @@ def add(total: Any, summary: Any) -> Any:
     np.int64(3)
     """
 
-    def wide(leaf):
+    def widened(leaf):
         if isinstance(leaf, jax.core.Tracer):
-            return leaf
+            counts = jnp.issubdtype(leaf.dtype, jnp.integer)
+            return wide.wide(leaf) if counts else leaf
         leaf = np.asarray(leaf)
         return leaf.astype(np.int64 if leaf.dtype.kind in "iu" else np.float64)
 
-    summary = jax.tree.map(wide, summary)
-    return summary if total is None else jax.tree.map(operator.add, total, summary)
+    def both(one, two):
+        return wide.add(one, two) if isinstance(one, Wide) else one + two
+
+    summary = jax.tree.map(widened, summary)
+    if total is None:
+        return summary
+    return jax.tree.map(both, total, summary, is_leaf=lambda x: isinstance(x, Wide))

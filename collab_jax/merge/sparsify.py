@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from collab_jax.merge import magnitude, noise, rank
+from collab_jax.merge import magnitude, noise, rank, ranked
 from collab_jax.merge.magnitude import kept
 from collab_jax.merge.pieces import flat, hosted
-from collab_jax.merge.stack import Stack, Survey, Transform, total
+from collab_jax.merge.stack import Stack, Transform, total
 
 
 def check_share(name: str, value) -> None:
@@ -85,11 +85,9 @@ def keep_largest(counts: Sequence, ties: str = "all") -> Callable[[Stack], Stack
 def trim_whole(density) -> Transform:
     """Keeps each delta's entries of largest magnitude over the whole model.
 
-    The k-th magnitude is exact (of float64, as float32 has it): a histogram of the
-    upper bits of all magnitudes finds its bin, one of the lower bits inside that bin
-    finds the number. The two histograms are surveys and add up over leaves, so the
-    model may stream through memory. Inside `jit`, counts are exact below 2 ** 31
-    entries; outside always.
+    The k-th magnitude is exact (of float64, as float32 has it) and found digit by
+    digit, see `ranked`. The model may stream through memory, and it may have more
+    entries than an int32 counts.
 
     Args:
       density: share of the entries to keep, in (0, 1].
@@ -107,40 +105,24 @@ def trim_whole(density) -> Transform:
     ([0.0, 4.0], [3.0, 0.0])
     """
     check_share("density", density)
-    upper, lower = magnitude.digits(jnp.float32)
 
     def patterns(stack: Stack) -> list[jax.Array]:
         return [magnitude.pattern(jnp.float32(delta)) for delta in stack.deltas]
 
-    def ask_upper(stack, name, facts):
-        return [magnitude.histogram(values, upper) for values in patterns(stack)]
+    def ranks(counts, size):
+        return [kept(density, size)]
 
-    def bins(totals, facts, size):
-        """For each expert, the bin of the k-th largest, and its rank inside."""
-        return [magnitude.at_rank(counts, kept(density, size)) for counts in totals]
-
-    def ask_lower(stack, name, facts):
-        return [
-            magnitude.histogram(values, lower, jnp.uint32(bin_))
-            for values, (bin_, _) in zip(patterns(stack), facts[0], strict=True)
-        ]
-
-    def thresholds(totals, facts, size):
-        return [
-            (bin_ << upper.shift) | magnitude.at_rank(counts, rank)[0]
-            for counts, (bin_, rank) in zip(totals, facts[0], strict=True)
-        ]
+    survey = ranked.surveys(patterns, ranks, ranked.digits(31))
 
     def apply(stack, name, facts):
         deltas = tuple(
             jnp.where(values >= jnp.uint32(least), delta, 0)
-            for values, delta, least in zip(
-                patterns(stack), stack.deltas, facts[1], strict=True
+            for values, delta, ((least, _),) in zip(
+                patterns(stack), stack.deltas, facts[len(survey) - 1], strict=True
             )
         )
         return stack._replace(deltas=deltas)
 
-    survey = Survey(ask_upper, bins), Survey(ask_lower, thresholds)
     return Transform(apply, survey, lambda name, shape: (), flat=True)
 
 
