@@ -31,7 +31,7 @@ from measuring.atomic import write_json
 RESULTS = Path(__file__).parent / "results" / "accelerators.json"
 SPARE = 0.95  # share of a chip's memory that a program may take
 SMOKE = "greedy", "int8", "ensemble of 4", "merge, TIES of 2"
-LARGE = ("4 x TPU v5p", "70B", ("greedy",)), ("8 x H200", "70B", ("greedy", "drafted"))
+LARGE = {"4 x TPU v5p": ("greedy",), "8 x H200": ("greedy", "drafted")}  # for 70B alone
 
 
 def compiled(target: Any, name: str, work: Any) -> dict:
@@ -87,11 +87,12 @@ def wanted(options: argparse.Namespace) -> list[tuple[str, str, str]]:
         whole = options.model != "8B" or name not in LAYERED
         return options.model if whole else SHORT
 
-    found = [(on, model(name), name) for on in options.on for name in names]
-    if options.model == "8B":
-        for on, large, those in LARGE:
-            chosen = [name for name in those if name in names and on in options.on]
-            found += [(on, large, name) for name in chosen]
+    found = []
+    for on in options.on:
+        if options.model == "8B" and on in LARGE:
+            found += [(on, "70B", name) for name in LARGE[on] if name in names]
+        else:
+            found += [(on, model(name), name) for name in names]
     return found
 
 

@@ -64,3 +64,39 @@ def test_a_shared_report_gives_each_case_to_one(tmp_path, monkeypatch):
     for report in one, other:  # what ends with its process
         for lock in report.claimed:
             lock.release()
+
+
+PROGRAM = """HloModule jit_run
+
+%one (z.1: f32[]) -> f32[] {
+  %z.1 = f32[]{:T(128)} parameter(0)
+  ROOT %f.1 = f32[]{:T(128)} fusion(%z.1), kind=kLoop, calls=%fused
+}
+
+%body.1 (p.1: (s32[], bf16[8,1024,128])) -> (s32[], bf16[8,1024,128]) {
+  %p.1 = (s32[]{:T(128)}, bf16[8,1024,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %x.1 = bf16[8,1024,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %copy.1 = bf16[8,1024,128]{2,1,0:T(8,128)(2,1)} copy(%x.1)
+  %copy.2 = bf16[8,1024,128]{2,1,0:T(8,128)(2,1)S(1)} copy(%copy.1)
+  %copy.3 = s32[8]{0:T(128)} copy(%x.1)
+  %sum.1 = f32[4,8]{1,0:T(8,128)} all-reduce(%x.1), to_apply=%add
+  %while.3 = (s32[]{:T(128)}) while(%p.1), condition=%c, body=%inner
+  %choice.1 = f32[]{:T(128)} conditional(%q, %a, %a), branch_computations={%one, %two}
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,1024,128]{2,1,0}) tuple(%p.1, %copy.2)
+}
+
+ENTRY %main (a.1: f32[]) -> f32[] {
+  %a.1 = f32[]{:T(128)} parameter(0)
+  %while.1 = (s32[]{:T(128)}) while(%a.1), condition=%c, body=%prompt
+  ROOT %while.2 = (s32[]{:T(128)}) while(%while.1), condition=%c, body=%body.1
+}
+"""
+
+
+def test_what_a_turn_of_a_loop_does_is_read_off_a_program(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from compiling.text import Turn, last_loop
+
+    found = last_loop(PROGRAM)
+    assert found == Turn(started=7, loops=1, copied=8 * 1024 * 128 * 2, sent=128)
+    assert last_loop(PROGRAM.replace(" while(", " call(")) is None

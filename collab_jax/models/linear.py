@@ -120,6 +120,29 @@ def pick(kernels: Kernel, chosen: jax.Array) -> Kernel:
     return jax.tree.map(lambda leaf: leaf[chosen], kernels)
 
 
+def unembed(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """Multiplies by a head of its own, whose sums are not rounded: `y = x @ kernel`.
+
+    Logits of bfloat16 have eight bits, and tie where those of float32 do not.
+
+    Args:
+      x: `[..., W]`.
+      kernel: `[W, V]`, or a value with a method `project(x)`.
+
+    Returns:
+      `[..., V]` float32.
+
+    >>> unembed(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0], [1.0]])).tolist()
+    [[257.0]]
+    """
+    if isinstance(kernel, Packed):
+        return kernel.attend(x)
+    if hasattr(kernel, "project"):
+        return kernel.project(x).astype(jnp.float32)
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    return multiplied(dot, x, kernel.astype(x.dtype))
+
+
 def attend(x: jax.Array, embedding: Kernel) -> jax.Array:
     """Multiplies by the transpose of an embedding (a tied head): `y = x @ embedding.T`.
 
@@ -220,6 +243,10 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., I]` to `[..., O]`."""
         return project(x, *self.weights())
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., W]` to logits `[..., V]` float32, without a bias."""
+        return unembed(x, self.weights()[0])
 
 
 def together(x: jax.Array, *layers: Projection) -> tuple[jax.Array, ...]:

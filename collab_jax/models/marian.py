@@ -178,7 +178,7 @@ class Marian(nn.Module):
         """Maps `[B, T, W]` to logits `[B, T, V]` float32."""
         c = self.config
         embed = self.embed if c.shared else self.text_embed
-        logits = embed.attend(hidden) if c.tied else self.head(hidden)
+        logits = embed.attend(hidden) if c.tied else self.head.unembed(hidden)
         return logits.astype(jnp.float32) + self.logit_bias.astype(jnp.float32)
 
     def __call__(self, tokens):

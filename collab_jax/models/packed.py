@@ -93,7 +93,7 @@ class Packed:
         return project_all(x, [self])[0]
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """`x @ embedding.T` in float32."""
+        """The product as a head, `x @ kernel` or `x @ embedding.T`, in float32."""
         return _multiply(x, (self,))[0]
 
     def lookup(self, tokens: jax.Array) -> jax.Array:

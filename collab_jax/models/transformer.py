@@ -192,8 +192,8 @@ class Decoder(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Maps `[B, T, W]` to logits `[B, T, V]` float32."""
         c = self.config
-        logits = self.embed.attend(hidden) if c.tied else self.head(hidden)
-        logits = logits.astype(jnp.float32)
+        project = self.embed.attend if c.tied else self.head.unembed
+        logits = project(hidden)
         if c.logit_cap is None:
             return logits
         return c.logit_cap * jnp.tanh(logits / c.logit_cap)
