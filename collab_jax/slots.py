@@ -231,11 +231,30 @@ def compact(
     >>> compact(jnp.array([[5, 6, 7, 8]]), jnp.array([1]), jnp.array([[0, 2]])).tolist()
     [[5, 6, 8, 8]]
     """
-    slots = buffer.shape[axis]
-    slot = jnp.clip(length[:, None] + path, 0, slots - 1)
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    index = (rows, slot) if axis == 1 else (rows, slice(None), slot)
-    return write(buffer, buffer[index], length, axis)
+    slot = jnp.clip(length[:, None] + path, 0, buffer.shape[axis] - 1)
+    return write(buffer, _read(buffer, slot, axis), length, axis)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _read(buffer, slot, axis):
+    """What lies in slots `[B, D]`: `[B, D, ...]`; on a TPU head by head, as written."""
+    if axis == 1:
+        return buffer[jnp.arange(buffer.shape[0])[:, None], slot]
+    return jax.lax.platform_dependent(
+        buffer, slot, tpu=_read_by_heads, default=_read_whole
+    )
+
+
+def _read_whole(buffer, slot):
+    """A slice for every slot, of all heads."""
+    return buffer[jnp.arange(buffer.shape[0])[:, None], :, slot]
+
+
+def _read_by_heads(buffer, slot):
+    """A slice for every slot and head; see `_by_heads`."""
+    slot = jnp.broadcast_to(slot[:, None], (*buffer.shape[:2], slot.shape[1]))
+    found = jax.vmap(jax.vmap(lambda head, slot: head[slot]))(buffer, slot)
+    return jnp.moveaxis(found, 1, 2)
 
 
 def select(beams: Any, place: jax.Array) -> Any:

@@ -88,7 +88,8 @@ PROGRAM = """HloModule jit_run
 ENTRY %main (a.1: f32[]) -> f32[] {
   %a.1 = f32[]{:T(128)} parameter(0)
   %while.1 = (s32[]{:T(128)}) while(%a.1), condition=%c, body=%prompt
-  ROOT %while.2 = (s32[]{:T(128)}) while(%while.1), condition=%c, body=%body.1
+  %while.2 = (s32[]{:T(128)}) while(%while.1), condition=%c, body=%body.1
+  ROOT %while.4 = (s32[]{:T(128)}) while(%while.2), condition=%c, body=%inner
 }
 """
 

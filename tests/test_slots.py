@@ -86,6 +86,25 @@ def test_a_tpu_is_asked_for_updates_of_heads_or_of_rows(platform, count):
     assert INDICES[platform, count] in scatter
 
 
+@pytest.mark.parametrize("way", [slots._read_whole, slots._read_by_heads])
+def test_slots_are_read_of_every_head(way):
+    buffer, slot = arrays(1, 2)[0], np.array([[0, 6], [3, 3], [2, 1], [5, 0]])
+    found = jax.jit(way)(buffer, slot)
+    expected = [[buffer[b, :, s] for s in row] for b, row in enumerate(slot)]
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes"), [("tpu", (1, 1, 1, K)), ("cuda", (1, H, 1, K))]
+)
+def test_a_tpu_reads_the_nodes_of_a_path_head_by_head(platform, sizes):
+    arguments = jnp.zeros((4, H, S, K)), jnp.zeros(4, jnp.int32), jnp.ones((4, 2), int)
+    traced = jax.jit(slots.compact, static_argnums=3).trace(*arguments, 2)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    gather = text[text.index('"stablehlo.gather"') :].partition("->")[0]
+    assert f"slice_sizes = array<i64: {', '.join(map(str, sizes))}>" in gather
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_and_heads_on_a_mesh_stay_where_they_are(way):
     devices = mesh.make_mesh(data=4, model=2)

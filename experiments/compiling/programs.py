@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from collab_jax import beam, combine, decode, finetune, mesh, pool, tree, warp
-from collab_jax.cooperate.efficient import draft_model, exact, ngram
+from collab_jax.cooperate.efficient import draft_model, draft_tree, exact, growth, ngram
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
 from collab_jax.lm import language_model
@@ -161,6 +161,16 @@ def drafted(bench: Bench) -> Program:
     return bench.decoder(decoder, (bench.params(), bench.params(bench.small)))
 
 
+def in_a_tree(bench: Bench) -> Program:
+    """Trees of seven nodes drafted by a smaller model."""
+    small = language_model(transformer(bench.small))
+    paths = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
+    proposer = draft_tree.draft_tree(small, growth.ranked(paths))
+    new, verifier = bench.work.new, exact.greedy()
+    decoder = speculate(on_lm(bench.lm), proposer, new, verifier=verifier)
+    return bench.decoder(decoder, (bench.params(), bench.params(bench.small)))
+
+
 def proxy_tuned(bench: Bench) -> Program:
     """The model, moved by two smaller ones, and drafts of one of them: three lines."""
     small = language_model(transformer(bench.small))
@@ -224,6 +234,7 @@ PROGRAMS: dict[str, Callable[[Bench], Program]] = {
     "int8": int8,
     "prompt lookup": looked_up,
     "drafted": drafted,
+    "drafted tree": in_a_tree,
     "proxy-tuned, drafted": proxy_tuned,
     "ensemble of 4": ensemble,
     "4 beams": beams,
@@ -231,4 +242,5 @@ PROGRAMS: dict[str, Callable[[Bench], Program]] = {
     "step of AdamW": step,
 }
 MEMBERS = {"ensemble of 4": 4}  # programs whose members have chips of their own
-LAYERED = "merge, TIES of 2", "step of AdamW"  # compiled for a few layers of 8B
+# what is compiled for a few layers of 8B
+LAYERED = "drafted tree", "merge, TIES of 2", "step of AdamW"

@@ -87,14 +87,22 @@ def _copied(line: str) -> int:
 def last_loop(text: str) -> Turn | None:
     """What a turn of the last of the outermost loops does; None without a loop.
 
+    Loops of less than a tenth of the operations of the largest are left out: they read
+    off what was written.
+
     Args:
       text: `compiled.as_text()`.
     """
     parts, entry = computations(text)
-    loops = [line for line in _reached(parts, entry) if operation(line) == "while"]
-    if not loops:
-        return None
-    lines = [*_reached(parts, _BODY.search(loops[-1])[1])]
+    found = []
+    for line in _reached(parts, entry):
+        if operation(line) == "while" and (body := _BODY.search(line)):
+            found.append(_turn([*_reached(parts, body[1])]))
+    most = max((turn.started for turn in found), default=0)
+    return next((turn for turn in found[::-1] if 10 * turn.started >= most), None)
+
+
+def _turn(lines: list[str]) -> Turn:
     kinds = [operation(line) for line in lines]
     return Turn(
         started=sum(kind not in FREE for kind in kinds),
