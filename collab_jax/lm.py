@@ -148,8 +148,8 @@ def prefill(
     """Consumes the first `count[b]` tokens of every row; no logits are computed.
 
     The rows are extended together, chunk by chunk, padding included; then `rewind`
-    takes the padding back. The capacity must hold T rounded up to a multiple of the
-    chunk, see `padded`.
+    takes the padding back. The capacity must hold what `padded` says of T and the
+    chunk.
 
     Args:
       lm: any LM.
@@ -220,7 +220,8 @@ def piece(chunk: int | None, batch: int) -> int:
 
     Every call reads all weights. An accelerator does 200 to 600 products of a row in
     the time in which it reads a weight of bfloat16, a CPU core a few: calls of 512
-    tokens in all keep the former busy, and 128 of a row are enough for the latter.
+    tokens in all keep the former busy, and 128 of a row are enough for the
+    latter. All are powers of two.
 
     Args:
       chunk: what was asked for, or None.
@@ -231,7 +232,11 @@ def piece(chunk: int | None, batch: int) -> int:
     """
     if chunk is not None:
         return chunk
-    return 128 if jax.default_backend() == "cpu" else max(128, 512 // batch)
+    return (
+        128
+        if jax.default_backend() == "cpu"
+        else max(128, 512 >> (batch - 1).bit_length())
+    )
 
 
 def padded(width: int, chunk: int) -> int:

@@ -35,7 +35,7 @@ def measure(smoke: bool) -> dict:
 
     from collab_jax import decode
     from collab_jax.io.load import load
-    from collab_jax.lm import language_model, padded
+    from collab_jax.lm import language_model, padded, piece
     from collab_jax.models.config import from_hf
     from collab_jax.models.transformer import init, transformer
 
@@ -69,7 +69,7 @@ def measure(smoke: bool) -> dict:
     length = np.asarray(result.length).tolist()
     seconds = time.perf_counter() - began
     assert length == [tokens + NEW] * ROWS, length
-    slots = max(tokens + NEW, padded(tokens - 1))
+    slots = max(tokens + NEW, padded(tokens - 1, piece(None, ROWS)))
     return {
         "jax": jax.__version__,
         "rows": ROWS,

@@ -16,7 +16,7 @@ from collab_jax import combine, decode, native, pool
 from collab_jax.cooperate.efficient import exact, ngram
 from collab_jax.cooperate.efficient.speculate import speculate
 from collab_jax.cooperate.efficient.target import on_lm
-from collab_jax.lm import language_model, read_prompt
+from collab_jax.lm import language_model, piece, read_prompt
 from collab_jax.models import attention, linear
 from collab_jax.models.packed import pack
 from collab_jax.models.product import multiplied
@@ -127,3 +127,5 @@ def test_an_accelerator_reads_a_prompt_in_larger_pieces(backend, read, monkeypat
     prompt, length = jnp.ones((2, 1025), jnp.int32), jnp.array([1025, 7])
     jax.eval_shape(lambda: read_prompt(watched, PARAMS, prompt, length, 8).length)
     assert widths == {(2, read // (2 if backend == "gpu" else 1))}
+    sizes = [piece(None, rows) for rows in (1, 2, 3, 4, 5, 64)]
+    assert sizes == ([128] * 6 if backend == "cpu" else [512, 256, 128, 128, 128, 128])

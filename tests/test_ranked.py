@@ -107,3 +107,25 @@ def test_a_model_of_six_billion_parameters_is_traced(name):
         lambda base, *experts: merge(PARTS[name](), base, experts), *[model] * 3
     )
     assert found["a"].shape == model["a"].shape
+
+
+@pytest.mark.parametrize("mapped", ["a", "b"])
+@pytest.mark.parametrize("name", ["trim_whole", "compete"])
+def test_counts_of_mapped_and_of_plain_leaves_add_up(name, mapped):
+    """Those of one leaf are traced, those of the other NumPy's."""
+    base, experts = models()
+    axes = {leaf: 0 if leaf == mapped else None for leaf in base}
+
+    def first_alone(expert):
+        return merge(PARTS[name](), base, [expert, experts[1]])
+
+    stacked = {**experts[0], mapped: jnp.stack([experts[0][mapped]] * 2)}
+    found = jax.vmap(first_alone, (axes,))(stacked)
+    expected = first_alone(experts[0])
+    for leaf in base:
+        np.testing.assert_allclose(found[leaf][1], expected[leaf], rtol=1e-5, atol=1e-6)
+
+
+def test_integers_of_numpy_keep_64_bits():
+    found = wide.wide(np.array([5 << 32 | 7, 3]))
+    assert [part.tolist() for part in found] == [[5, 0], [7, 3]]

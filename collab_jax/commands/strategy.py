@@ -14,7 +14,7 @@ from collab_jax.commands.opening import Opened, check_lengths
 from collab_jax.commands.options import Sampling
 from collab_jax.commands.plan import Plan, check
 from collab_jax.decoder import Decoder
-from collab_jax.lm import LM
+from collab_jax.lm import LM, piece
 from collab_jax.respond import Codec, batches
 
 
@@ -116,7 +116,7 @@ def check_run(
         own = opened.plan(
             rows,
             math.ceil(room * capacity),
-            wide=min(first.width, 128),
+            wide=min(first.width, piece(None, first.size)),
             read=1 + drafted,
         )
         own = own._replace(params=0) if opened.path in known else own

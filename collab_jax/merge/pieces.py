@@ -233,7 +233,9 @@ def add(total: Any, summary: Any) -> Any:
         return leaf.astype(np.int64 if leaf.dtype.kind in "iu" else np.float64)
 
     def both(one, two):
-        return wide.add(one, two) if isinstance(one, Wide) else one + two
+        if isinstance(one, Wide) or isinstance(two, Wide):  # one may be of NumPy
+            return wide.add(wide.wide(one), wide.wide(two))
+        return one + two
 
     summary = jax.tree.map(widened, summary)
     if total is None:

@@ -86,8 +86,8 @@ def trim_whole(density) -> Transform:
     """Keeps each delta's entries of largest magnitude over the whole model.
 
     The k-th magnitude is exact (of float64, as float32 has it) and found digit by
-    digit, see `ranked`. The model may stream through memory, and it may have more
-    entries than an int32 counts.
+    digit, see `ranked`. The model may stream through memory, and unless the density is
+    a tracer it may have more entries than an int32 counts.
 
     Args:
       density: share of the entries to keep, in (0, 1].

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HALF = 16  # bits; sums of 2 ** 16 halves fit in 32
 
@@ -25,15 +26,17 @@ def wide(count: Any) -> Wide:
     """Counts, from arrays of integers that are not negative, or from a number.
 
     Args:
-      count: `[*S]`, a Python integer of any size, or counts already.
+      count: `[*S]` of JAX, or of NumPy and up to 64 bits, a number, or counts already.
 
     >>> [int(part) for part in wide(5 << 32 | 7)]
     [5, 7]
     """
     if isinstance(count, Wide):
         return count
-    if isinstance(count, int):
-        return Wide(jnp.uint32(count >> 32), jnp.uint32(count & 0xFFFFFFFF))
+    if isinstance(count, int | np.integer | np.ndarray):
+        whole = np.asarray(count).astype(np.uint64)
+        parts = whole >> np.uint64(32), whole & np.uint64(0xFFFFFFFF)
+        return Wide(*(jnp.asarray(part.astype(np.uint32)) for part in parts))
     low = jnp.asarray(count).astype(jnp.uint32)
     return Wide(jnp.zeros_like(low), low)
 

@@ -38,7 +38,7 @@ def block_of(tokens: int) -> int:
     >>> block_of(1), block_of(32), block_of(512)
     (8192, 4096, 1024)
     """
-    return max(1024, min(8192, 131072 // tokens))
+    return max(1024, min(8192, 1024 // tokens * 128))
 
 
 def attend(

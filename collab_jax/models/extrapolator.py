@@ -25,10 +25,10 @@ from flax import linen as nn
 
 from collab_jax import slots
 from collab_jax.lm import Features, KVCache, Params
-from collab_jax.models import attention
+from collab_jax.models import attention, linear
 from collab_jax.models.config import Config
 from collab_jax.models.draft_vocabulary import DraftVocabulary, output_matrix
-from collab_jax.models.linear import Projection, project
+from collab_jax.models.linear import Projection
 from collab_jax.models.norm import Norm
 from collab_jax.models.rotary import angles as rotary_angles
 from collab_jax.models.transformer import Block, transformer
@@ -198,6 +198,6 @@ def extrapolator(
     def unembed(params, base, guesses):
         if vocabulary is None:
             return backbone.unembed(base, guesses)
-        return project(guesses, params["head"]["kernel"]).astype(jnp.float32)
+        return linear.unembed(guesses, params["head"]["kernel"])
 
     return Extrapolator(init, start, see, read, config.width, unembed, vocabulary)

@@ -127,7 +127,7 @@ def unembed(x: jax.Array, kernel: Kernel) -> jax.Array:
 
     Args:
       x: `[..., W]`.
-      kernel: `[W, V]`, or a value with a method `project(x)`.
+      kernel: `[W, V]`, or a value with a method `project(x)`, which may round.
 
     Returns:
       `[..., V]` float32.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from collab_jax.lm import Backbone, Params
 from collab_jax.models.draft_vocabulary import DraftVocabulary, output_matrix
 from collab_jax.models.heads import Head, feed_forward, residual
-from collab_jax.models.linear import project
+from collab_jax.models.linear import unembed
 
 Body = Callable[[int], Head]  # from W to a map of hidden states, [..., W] -> [..., W]
 
@@ -219,10 +219,10 @@ def _own(
         del base
         states = [body(hidden.shape[-1]).apply(each["body"], hidden) for each in own]
         logits = [
-            project(state, each["out"]["kernel"])
+            unembed(state, each["out"]["kernel"])
             for state, each in zip(states, own, strict=True)
         ]
-        return jnp.stack(logits, axis=1).astype(jnp.float32)
+        return jnp.stack(logits, axis=1)
 
     return _heads(backbone, size, one, read)._replace(vocabulary=vocabulary)
 

@@ -7,17 +7,16 @@ from typing import NamedTuple
 
 from collab_jax.collectives import collectives
 
-# these name values, or belong to an operation that is counted where it starts
+# these name values; what ends in "-done" was counted where it started
 FREE = {
+    "",
     "after-all",
     "bitcast",
     "constant",
-    "copy-done",
     "get-tuple-element",
     "iota",
     "parameter",
     "partition-id",
-    "slice-done",
     "tuple",
 }
 LARGE = 2**20  # bytes of an array that is not copied in passing
@@ -77,7 +76,7 @@ def _copied(line: str) -> int:
     if operation(line) != "copy":
         return 0
     kind = _ARRAY.search(line.partition(" = ")[2])
-    if kind is None or "S(" in kind[4]:  # to or from a memory on the chip
+    if kind is None or "S(" in kind[4]:  # to a memory on the chip
         return 0
     sizes = [int(n) for n in kind[3].split(",") if n]
     size = math.prod(sizes) * max(1, int(kind[2]) // 8)
@@ -105,7 +104,7 @@ def last_loop(text: str) -> Turn | None:
 def _turn(lines: list[str]) -> Turn:
     kinds = [operation(line) for line in lines]
     return Turn(
-        started=sum(kind not in FREE for kind in kinds),
+        started=sum(not (k in FREE or k.endswith("-done")) for k in kinds),
         loops=kinds.count("while"),
         copied=sum(map(_copied, lines)),
         sent=sum(each.size for each in collectives("\n".join(lines))),

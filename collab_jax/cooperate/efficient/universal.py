@@ -94,7 +94,7 @@ def universal(
     >>> result.tokens.tolist(), result.info.calls.tolist()
     ([[2, 2, 2, 2, 2, 2]], [2])
     """
-    size, chunk = check_size("length", length), piece(chunk, 1)
+    size = check_size("length", length)
     wide = 2 * size if width is None else check_size("width", width)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, at least 1 is expected")
@@ -179,7 +179,7 @@ def _scorer(lm: LM, eos: Sequence[int], width: int):
     return score
 
 
-def _writer(lm: LM, size: int, chunk: int):
+def _writer(lm: LM, size: int, chunk: int | None):
     """The draft's round: reads the texts as they are cut now, and writes K tokens."""
 
     def run(params, state, back, tokens, count, last):
@@ -197,8 +197,8 @@ def _writer(lm: LM, size: int, chunk: int):
     run = jax.jit(run, donate_argnums=1)
 
     def write(params, own: DraftState, texts):
-        longest = max(map(len, texts))
-        need = longest + padded(longest, chunk) + chunk + size
+        longest, part = max(map(len, texts)), piece(chunk, len(texts))
+        need = longest + padded(longest, part) + part + size
         if need > own.capacity:  # begin again, with room for texts twice as long
             state = lm.init(params, len(texts), 2 * need)
             own = DraftState(state, [[] for _ in texts], 2 * need)
@@ -206,7 +206,7 @@ def _writer(lm: LM, size: int, chunk: int):
         fresh = [text[k:-1] for text, k in zip(texts, kept, strict=True)]
         back = [len(r) - k for r, k in zip(own.read, kept, strict=True)]
         count = [*map(len, fresh)]
-        tokens = np.zeros((len(texts), _bucket(max(count), chunk)), np.int32)
+        tokens = np.zeros((len(texts), _bucket(max(count), part)), np.int32)
         for row, new in zip(tokens, fresh, strict=True):
             row[: len(new)] = new
         written, state = run(
