@@ -4,10 +4,11 @@ Claim: the compilers of TPUs and GPUs take every kind of program whole: decoding
 sampling, int8, drafts, joined models and beams of an 8B model, trees, merges and
 training of four of its layers, and decoding of a 70B one. A chip needs its part of
 weights and cache and little besides; no turn of a decoding loop copies a cache, except
-to move beams, or asks a GPU's host. This says what is run there, and not how fast.
+to move beams and, on a GPU, four of the drafter's of a tree; and none has loops but to
+draft, to cut a law, and to move beams. This says what is run there, and not how fast.
 Command: python experiments/accelerators.py [--smoke] [--on TARGET ...]
 [--programs NAME ...] [--model NAME] [--again] [--output FILE]
-Hardware: any; two CPU cores, 16 GiB and half an hour, with the extras `tpu` and `cuda`:
+Hardware: any; two CPU cores, 16 GiB and 20 minutes, with the extras `tpu` and `cuda`:
 targets whose compiler is not installed are left out (`--smoke`: a toy model on eight
 forced CPU devices, seconds).
 Expected: (November 2026, jax 0.10.2) the table of experiments/README.md.
