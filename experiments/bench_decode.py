@@ -12,7 +12,7 @@ where `torch` (the extra `parity`) and `llama-cpp-python` are installed.
 Data: DIR or $COLLAB_JAX_DATA with gsm8k/test.jsonl (openai/grade-school-math) and
 spec_bench/question.jsonl (hemingkx/Spec-Bench), for the loss by rounding alone; without
 it a paragraph of this project.
-Hardware: two idle CPU cores, 8 GiB, 12 for `8b`; about 40 minutes, much of it compiling
+Hardware: two idle CPU cores, 8 GiB, 13 for `8b`; about 40 minutes, much of it compiling
 (`--smoke`: seconds, ours alone, a random toy model).
 Expected: (November 2026, three repeats, five of calls of a few tokens) new tokens a
 second, batch 1: packed float32 55 (transformers 20, llama.cpp 54), bfloat16 101 and
@@ -45,6 +45,7 @@ the delay of the first text are those of processes that hold one engine each, co
 included.
 """
 
+import gc
 import os
 import statistics
 import sys
@@ -292,15 +293,17 @@ def main(arguments: list[str] | None = None) -> int:
     save()
     compare(subject, every, chosen.batches, chosen.repeats, found, save)
     widths(subject, 1 if chosen.smoke else max(chosen.repeats, CALLS), found, save)
-    told = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
-    told += ["--model", chosen.model]
-    names = list(every)[:1] if chosen.smoke else list(every)
-    alone.memories(names, told, found.setdefault("alone", {}), save)
     if "losses" not in found:
         found["losses"] = ours.losses(subject)
     sizes = {kind: ours.read(params) for kind, params in subject.params.items()}
     found["bytes"] = sizes
-    table(found, sizes, subject.length, subject.new)
+    names = list(every)[:1] if chosen.smoke else list(every)
+    del every, subject  # each process needs the room for a model of its own
+    gc.collect()
+    told = [*["--smoke"] * chosen.smoke, "--threads", str(chosen.threads)]
+    told += ["--model", chosen.model]
+    alone.memories(names, told, found.setdefault("alone", {}), save)
+    table(found, sizes, setting["length"], setting["new"])
     found["bars"] = bars(found)
     save()
     report.show(found)
