@@ -220,8 +220,8 @@ def piece(chunk: int | None, batch: int) -> int:
 
     Every call reads all weights. An accelerator does 200 to 600 products of a row in
     the time in which it reads a weight of bfloat16, a CPU core a few: calls of 512
-    tokens in all keep the former busy, and 128 of a row are enough for the
-    latter. All are powers of two.
+    tokens in all keep the former busy, and 128 of a row are enough for the latter. All
+    are powers of two.
 
     Args:
       chunk: what was asked for, or None.
@@ -232,11 +232,9 @@ def piece(chunk: int | None, batch: int) -> int:
     """
     if chunk is not None:
         return chunk
-    return (
-        128
-        if jax.default_backend() == "cpu"
-        else max(128, 512 >> (batch - 1).bit_length())
-    )
+    if jax.default_backend() == "cpu":
+        return 128
+    return max(128, 512 >> (batch - 1).bit_length())
 
 
 def padded(width: int, chunk: int) -> int:

@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = key | compiled(TARGETS[on], name, work)
             report["rows"] = [each for each in report["rows"] if each not in same]
             report["rows"].append(row)
-        good &= row["fits"] or model == "70B"
+        good &= row["fits"]
         print(shown(row), flush=True)
         write_json(options.output, report)
     print(f"report: {options.output}")

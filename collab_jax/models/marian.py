@@ -179,7 +179,7 @@ class Marian(nn.Module):
         c = self.config
         embed = self.embed if c.shared else self.text_embed
         logits = embed.attend(hidden) if c.tied else self.head.unembed(hidden)
-        return logits.astype(jnp.float32) + self.logit_bias.astype(jnp.float32)
+        return logits + self.logit_bias.astype(jnp.float32)
 
     def __call__(self, tokens):
         """Touches every parameter, for `init`."""
